@@ -1,0 +1,180 @@
+"""The typed, validated configuration of training and evaluation.
+
+YAML under `configs/` holds a recipe; `key.sub=value` on the command line overrides it; what results is written to the
+run's folder as `config.yaml`. Every key, its default and its bounds are declared here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from gru4recf_dist import typed_yaml
+from gru4recf_dist.typed_yaml import Section
+
+
+class ModelConfig(Section):
+    """GRU4RecF. ``dropout`` acts on item embeddings (RecBole's only dropout); 0 switches off every dropout."""
+
+    fusion: Literal["concat_output", "item_only"] = "concat_output"
+    features: list[str] | Literal["all"] = "all"
+    embedding_size: PositiveInt = 64
+    hidden_size: PositiveInt = 128
+    num_layers: PositiveInt = 1
+    pooling: Literal["mean", "sum", "max"] = "mean"
+    dropout: float = Field(0.3, ge=0.0, lt=1.0)
+    dropout_feature: float = Field(0.0, ge=0.0, lt=1.0, description="on the embedded features")
+    dropout_hidden: float = Field(0.0, ge=0.0, lt=1.0, description="on the concatenated RNN outputs")
+    score: Literal["dot", "cosine"] = "dot"
+    temperature: PositiveFloat = Field(1.0, description="scores are divided by it")
+    learn_temperature: bool = False
+
+    @model_validator(mode="after")
+    def _zero_dropout_is_zero_everywhere(self) -> ModelConfig:
+        if self.dropout == 0.0:
+            self.dropout_feature = self.dropout_hidden = 0.0
+        return self
+
+
+class LossConfig(Section):
+    """``exact`` logQ corrects the negatives only, ``classic`` the positive too, ``off`` nothing."""
+
+    name: Literal["full_softmax", "sampled_softmax"] = "sampled_softmax"
+    negatives: PositiveInt = Field(2048, description="K, drawn with replacement, shared by the global batch")
+    sampler: Literal["popularity", "log_uniform", "uniform"] = "popularity"
+    alpha: NonNegativeFloat = Field(0.75, description="popularity sampler: drawn in proportion to count ** alpha")
+    logq: Literal["exact", "classic", "off"] = "exact"
+    block_rows: PositiveInt = Field(256, description="rows of logits that exist at a time")
+
+
+class TableConfig(Section):
+    """The sharded item table and its own optimizer."""
+
+    optimizer: Literal["rowwise_adagrad", "adagrad", "lazy_adam", "sgd"] = "lazy_adam"
+    lr: PositiveFloat = 0.002
+    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(0.999, ge=0.0, lt=1.0)
+    eps: PositiveFloat = 1e-8
+    clip: PositiveFloat | None = Field(None, description="bound of the global norm of the rows' gradients")
+
+
+class OptimizerConfig(Section):
+    """The encoder's optimizer."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: PositiveFloat = 0.002
+    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(0.999, ge=0.0, lt=1.0)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    clip: PositiveFloat | None = Field(None, description="bound of the global gradient norm of the encoder")
+
+
+class ScheduleConfig(Section):
+    """Learning-rate factor, for encoder and table alike: linear warm-up, then the named decay to ``final``."""
+
+    name: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    final: float = Field(0.0, ge=0.0, le=1.0, description="factor at the last step")
+
+
+class LoaderConfig(Section):
+    """How sessions are read, cut and ordered."""
+
+    max_length: PositiveInt = Field(50, description="most events that the RNNs see of a session at once")
+    context: NonNegativeInt = Field(10, description="events by which the windows of a longer session overlap")
+    shuffle_window: PositiveInt = Field(16384, description="sessions of a stream that are shuffled together")
+    workers: NonNegativeInt = Field(0, description="loader processes a rank")
+
+    @model_validator(mode="after")
+    def _context_is_shorter(self) -> LoaderConfig:
+        if self.context >= self.max_length:
+            raise ValueError(f"context ({self.context}) must be less than max_length ({self.max_length})")
+        return self
+
+
+class EngineConfig(Section):
+    """``deepspeed`` is handed on to DeepSpeed's own configuration."""
+
+    name: Literal["ddp", "deepspeed"] = "ddp"
+    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
+
+
+class EvaluationConfig(Section):
+    """``protocol: auto`` takes what the data set was prepared for."""
+
+    every_epochs: PositiveInt | None = 1
+    every_steps: PositiveInt | None = None
+    protocol: Literal["auto", "leave_one_out", "every_position"] = "auto"
+    ks: list[PositiveInt] = Field([5, 10, 20], min_length=1)
+    batch_sessions: PositiveInt = 256
+    tile_rows: PositiveInt = Field(8192, description="table rows that are scored at a time")
+    ties: Literal["against", "for"] = Field("against", description="whether items of equal score rank above the target")
+    baselines: bool = True
+
+
+class EarlyStoppingConfig(Section):
+    """Stop after ``patience`` evaluations in a row without a better ``metric``; null: never."""
+
+    metric: str = "ndcg@10"
+    patience: PositiveInt | None = 10
+
+
+class CheckpointConfig(Section):
+    """A checkpoint is also written at every evaluation that is the best so far and at the end."""
+
+    every_steps: PositiveInt | None = None
+    every_epochs: PositiveInt | None = 1
+    keep_last: PositiveInt = 2
+
+
+class MonitoringConfig(Section):
+    log_every_steps: PositiveInt = 10
+    tensorboard: bool = True
+    progress: bool = True
+
+
+class Config(Section):
+    """One training run. ``batch_size`` is global: sessions a step over all ranks."""
+
+    data: str
+    run_dir: str
+    seed: NonNegativeInt = 0
+    max_epochs: PositiveInt | None = 20
+    max_steps: PositiveInt | None = None
+    batch_size: PositiveInt = 128
+    precision: Literal["fp32", "fp64"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    resume: Literal["auto", "never"] = "auto"
+    timeout_seconds: PositiveInt = Field(1800, description="how long a collective waits for a missing rank")
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    table: TableConfig = TableConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loader: LoaderConfig = LoaderConfig()
+    engine: EngineConfig = EngineConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
+
+    @model_validator(mode="after")
+    def _ends_and_stops(self) -> Config:
+        if self.max_epochs is None and self.max_steps is None:
+            raise ValueError("one of max_epochs and max_steps must be given")
+        name, _, k = self.early_stopping.metric.partition("@")
+        if name not in ("hit", "recall", "ndcg", "mrr") or not k.isdigit() or int(k) not in self.evaluation.ks:
+            known = ", ".join(f"ndcg@{k}" for k in self.evaluation.ks)
+            raise ValueError(f"early_stopping.metric '{self.early_stopping.metric}' is not measured (try {known})")
+        return self
+
+
+def load(path: str | None, overrides: list[str]) -> Config:
+    """Read a recipe with overrides.
+
+    Raises:
+        UserError: as `typed_yaml.load`.
+    """
+    return typed_yaml.load(Config, path, overrides)

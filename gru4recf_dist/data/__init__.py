@@ -1,0 +1,1 @@
+"""Session shards: their format, where they are stored, the order they are read in."""

@@ -1,0 +1,199 @@
+"""Packed batches: sessions cut into windows and laid out as a `PackedSequence`, without any padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gru4recf_dist.data.columns import ragged_arange, ragged_indices
+from gru4recf_dist.data.shard_format import PADDING_ID, Block
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """T events, ordered by time step and then by falling length, as `torch.nn.utils.rnn.PackedSequence` has them.
+
+    Attributes:
+        items: int64 [T], ids of the input events.
+        targets: int64 [T], id of the event that follows; `PADDING_ID` where ``weights`` is 0.
+        weights: float32 [T], 1 where the target counts, 0 for context and for a rank's dummy session.
+        batch_sizes: int64 [L] on the CPU, sequences that reach each time step.
+        sessions, events, targets_count: of the real sessions; 0 in a dummy batch.
+    """
+
+    items: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    batch_sizes: torch.Tensor
+    sessions: int
+    events: int
+    targets_count: int
+
+
+@dataclass(frozen=True)
+class QueryBatch:
+    """Packed histories of evaluation sessions and what is asked of them: Q queries.
+
+    Attributes:
+        items: int64 [T], packed input events; ``batch_sizes`` as in `PackedBatch`.
+        positions: int64 [Q], place in the packed layout of each query's last event.
+        targets: int64 [Q].
+        seen_query, seen_item: int64 [P], pairs (query, item of the session before the target), each pair once.
+    """
+
+    items: torch.Tensor
+    batch_sizes: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    seen_query: torch.Tensor
+    seen_item: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Input windows of sessions. All [w]: index of the session, first event, inputs, how many of them are context."""
+
+    session: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    context: np.ndarray
+
+
+def cut_windows(lengths: np.ndarray, max_length: int, context: int) -> Windows:
+    """Cut sessions into windows of at most ``max_length`` inputs in which every event but a session's first is a
+    target exactly once.
+
+    A session of n events has n-1 inputs. A window after the first begins with ``context`` inputs of the one before,
+    which warm the RNN up and whose targets do not count again.
+    """
+    inputs = lengths.astype(np.int64) - 1
+    step = max_length - context
+    counts = np.where(inputs > 0, 1 + np.maximum(0, -(-(inputs - max_length) // step)), 0)
+    session = np.repeat(np.arange(len(lengths)), counts)
+    number = ragged_arange(counts)
+    start = number * step
+    return Windows(
+        session=session,
+        start=start,
+        length=np.minimum(inputs[session] - start, max_length),
+        context=np.where(number > 0, context, 0),
+    )
+
+
+def packed_positions(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each event of consecutive sequences goes in the packed layout.
+
+    Args:
+        lengths: int64 [n], at least 1 each.
+
+    Returns:
+        position int64 [sum of lengths] and batch_sizes int64 [longest].
+    """
+    order = np.argsort(-lengths, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    batch_sizes = len(lengths) - np.cumsum(np.bincount(lengths))[:-1]
+    offsets = np.cumsum(batch_sizes) - batch_sizes
+    return offsets[ragged_arange(lengths)] + np.repeat(rank, lengths), batch_sizes
+
+
+def pack_training(block: Block, max_length: int, context: int) -> PackedBatch:
+    """Training sessions as a packed batch with a loss at every position.
+
+    A block without any target becomes one dummy event of weight 0 on the padding row, so that a rank with nothing
+    left still takes part in every collective and touches no item.
+    """
+    windows = cut_windows(block.lengths, max_length, context)
+    if not len(windows.session):
+        padding = torch.full((1,), PADDING_ID)
+        return PackedBatch(padding, padding, torch.zeros(1), torch.ones(1, dtype=torch.int64), 0, 0, 0)
+    first = np.cumsum(block.lengths, dtype=np.int64) - block.lengths
+    source = ragged_indices(first[windows.session] + windows.start, windows.length)
+    counted = ragged_arange(windows.length) >= np.repeat(windows.context, windows.length)
+    position, batch_sizes = packed_positions(windows.length)
+    items = np.empty(len(source), np.int64)
+    targets = np.empty(len(source), np.int64)
+    weights = np.empty(len(source), np.float32)
+    items[position] = block.items[source]
+    targets[position] = np.where(counted, block.items[source + 1], PADDING_ID)
+    weights[position] = counted
+    return PackedBatch(
+        items=torch.from_numpy(items),
+        targets=torch.from_numpy(targets),
+        weights=torch.from_numpy(weights),
+        batch_sizes=torch.from_numpy(batch_sizes),
+        sessions=len(block.lengths),
+        events=len(block.items),
+        targets_count=int(counted.sum()),
+    )
+
+
+def pack_queries(block: Block, max_length: int, context: int, every_position: bool) -> QueryBatch:
+    """Evaluation sessions as packed histories with their targets.
+
+    With ``every_position`` every event but a session's first is a target, over the same windows as in training;
+    otherwise only the last event is, and the RNN sees the ``max_length`` events before it. A session of one event has
+    no target and is left out; a block without any gives Q = 0 over one dummy event.
+    """
+    lengths = block.lengths.astype(np.int64)
+    if every_position:
+        windows = cut_windows(lengths, max_length, context)
+    else:
+        with_target = np.flatnonzero(lengths > 1)
+        inputs = lengths[with_target] - 1
+        length = np.minimum(inputs, max_length)
+        windows = Windows(with_target, inputs - length, length, context=length - 1)
+    if not len(windows.session):
+        empty = torch.empty(0, dtype=torch.int64)
+        return QueryBatch(torch.full((1,), PADDING_ID), torch.ones(1, dtype=torch.int64), empty, empty, empty, empty)
+    first = np.cumsum(lengths) - lengths
+    source = ragged_indices(first[windows.session] + windows.start, windows.length)
+    asked = ragged_arange(windows.length) >= np.repeat(windows.context, windows.length)
+    position, batch_sizes = packed_positions(windows.length)
+    items = np.empty(len(source), np.int64)
+    items[position] = block.items[source]
+    last = source[asked]
+    session_start = np.repeat(first[windows.session], windows.length)[asked]
+    seen_query, seen_item = _distinct_pairs(block.items, session_start, last + 1 - session_start)
+    return QueryBatch(
+        items=torch.from_numpy(items),
+        batch_sizes=torch.from_numpy(batch_sizes),
+        positions=torch.from_numpy(position[asked]),
+        targets=torch.from_numpy(block.items[last + 1].astype(np.int64)),
+        seen_query=torch.from_numpy(seen_query),
+        seen_item=torch.from_numpy(seen_item),
+    )
+
+
+def pack_histories(block: Block, max_length: int) -> QueryBatch:
+    """Sessions whose next event is unknown: one query a session, at its last event; targets are padding.
+
+    Every session must have at least one event.
+    """
+    lengths = block.lengths.astype(np.int64)
+    length = np.minimum(lengths, max_length)
+    first = np.cumsum(lengths) - lengths
+    source = ragged_indices(first + lengths - length, length)
+    position, batch_sizes = packed_positions(length)
+    items = np.empty(len(source), np.int64)
+    items[position] = block.items[source]
+    seen_query, seen_item = _distinct_pairs(block.items, first, lengths)
+    return QueryBatch(
+        items=torch.from_numpy(items),
+        batch_sizes=torch.from_numpy(batch_sizes),
+        positions=torch.from_numpy(position[np.cumsum(length) - 1]),
+        targets=torch.full((len(lengths),), PADDING_ID),
+        seen_query=torch.from_numpy(seen_query),
+        seen_item=torch.from_numpy(seen_item),
+    )
+
+
+def _distinct_pairs(items: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct pairs (row, item) of the ragged rows ``items[start : start + length]``; int64 each, sorted."""
+    rows = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
+    values = items[ragged_indices(starts, lengths)].astype(np.int64)
+    # 2^31 items and 2^32 rows fit one int64 key.
+    keys = np.unique((rows << 31) | values)
+    return keys >> 31, keys & ((1 << 31) - 1)

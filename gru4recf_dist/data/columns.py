@@ -1,0 +1,49 @@
+"""Ragged columns: many sessions as one flat array and their lengths, moved about without Python loops."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gru4recf_dist.data.shard_format import Block
+
+
+def ragged_arange(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, .., lengths[0]-1, 0, 1, .., lengths[1]-1, and so on; int64."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total, dtype=np.int64) - np.repeat(ends - lengths, lengths)
+
+
+def ragged_indices(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """starts[0], starts[0]+1, .. (lengths[0] of them), then those of starts[1], and so on; int64."""
+    return np.repeat(starts, lengths) + ragged_arange(lengths)
+
+
+def concatenate(blocks: list[Block]) -> Block:
+    """One block with the sessions of all, in order. Times are dropped: training does not read them."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return Block(
+        items=np.concatenate([block.items for block in blocks]) if blocks else np.empty(0, np.int32),
+        lengths=np.concatenate([block.lengths for block in blocks]) if blocks else np.empty(0, np.int32),
+        sessions=np.concatenate([block.sessions for block in blocks]) if blocks else np.empty(0, np.int64),
+    )
+
+
+def select(block: Block, order: np.ndarray) -> Block:
+    """The block's sessions at positions ``order``."""
+    ends = np.cumsum(block.lengths, dtype=np.int64)
+    lengths = block.lengths[order]
+    events = ragged_indices((ends - block.lengths)[order], lengths)
+    return Block(items=block.items[events], lengths=lengths, sessions=block.sessions[order])
+
+
+def slice_sessions(block: Block, start: int, stop: int) -> Block:
+    """The block's sessions from ``start`` to ``stop`` (exclusive)."""
+    ends = np.concatenate([[0], np.cumsum(block.lengths, dtype=np.int64)])
+    stop = min(stop, len(block.lengths))
+    return Block(
+        items=block.items[ends[start] : ends[stop]],
+        lengths=block.lengths[start:stop],
+        sessions=block.sessions[start:stop],
+    )

@@ -1,0 +1,257 @@
+"""What a prepared data set looks like on disk: the manifest, and shards of columnar session blocks.
+
+    DATA/manifest.json            everything but the arrays (`Manifest`)
+    DATA/train/*.tar  valid/*.tar  test/*.tar
+    DATA/items/tokens.parquet     columns `id` (int32, 1..N, ascending) and `token` (string)
+    DATA/items/popularity.npy     int64 [N+1], training events of each item; 0 for padding
+    DATA/items/features/*.npy     one column a feature (`Feature`)
+
+A shard is a plain WebDataset tar. One sample is one *block* of up to `MAX_BLOCK_SESSIONS` sessions, stored as
+columns: `KEY.items.npy` (int32, all events of the block, flat), `KEY.lengths.npy` (int32, events of each session),
+`KEY.sessions.npy` (int64, number of each session within its split) and, if recorded, `KEY.times.npy` (int64, flat).
+
+No torch here: preparation runs where torch need not be installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.lib import format as npy_format
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gru4recf_dist.data import storage
+from gru4recf_dist.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TOKENS = "items/tokens.parquet"
+POPULARITY = "items/popularity.npy"
+SPLITS = ("train", "valid", "test")
+MAX_BLOCK_SESSIONS = 1024
+
+PADDING_ID = 0
+UNKNOWN_VALUE_ID = 1  # of a feature's vocabulary: values that no training item has
+
+# Fixed so that the same sessions give the same bytes on every machine and day.
+_TAR_MODE = 0o644
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some sessions of one split, as flat columns.
+
+    Attributes:
+        items: int32 [E], item ids 1..N of all sessions, one after the other.
+        lengths: int32 [n], events of each session; they sum to E.
+        sessions: int64 [n], each session's number within its split.
+        times: int64 [E] or None, event times in the raw data's unit.
+    """
+
+    items: np.ndarray
+    lengths: np.ndarray
+    sessions: np.ndarray
+    times: np.ndarray | None = None
+
+    def columns(self) -> dict[str, np.ndarray]:
+        columns = {"items": self.items, "lengths": self.lengths, "sessions": self.sessions, "times": self.times}
+        return {name: column for name, column in columns.items() if column is not None}
+
+
+COLUMN_DTYPES = {"items": np.int32, "lengths": np.int32, "sessions": np.int64, "times": np.int64}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ShardInfo(_Strict):
+    """One tar file. ``url`` is relative to the manifest's folder."""
+
+    url: str
+    stream: int
+    sessions: int
+    events: int
+    targets: int
+    bytes: int
+    sha256: str
+
+
+class SplitInfo(_Strict):
+    """``targets``: events to be predicted: one a session under `leave_one_out`, otherwise all but each first."""
+
+    sessions: int
+    events: int
+    targets: int
+    shards: list[ShardInfo]
+
+
+class Feature(_Strict):
+    """One item feature and its files, relative to the manifest's folder.
+
+    kind        files                                                             values
+    token       ``values``: int32 [N+1]                                           0 none, 1 unknown, 2.. vocabulary
+    token_seq   ``indptr``: int64 [N+2]; ``values``: int32 [nnz], row i is        the same
+                values[indptr[i]:indptr[i+1]]
+    float       ``values``: float32 [N+1]                                         0 where missing
+    vector      ``values``: float32 [N+1, size]                                   0 where missing
+
+    ``size``: rows of the embedding table for tokens (padding and unknown included), 1 for float, the dimension of a
+    vector. ``longest``: the most values that one item has (token_seq), else 1.
+    ``vocabulary``: for tokens, a Parquet file with columns `id` (int32) and `token` (string).
+    """
+
+    name: str
+    kind: Literal["token", "token_seq", "float", "vector"]
+    size: int
+    longest: int = 1
+    values: str
+    indptr: str | None = None
+    vocabulary: str | None = None
+
+
+class Manifest(_Strict):
+    """The data set's table of contents.
+
+    ``protocol``: what is predicted in valid and test: the last event of each session (`leave_one_out`: a stored
+    session is the whole history and then the target), or every event but the first (`every_position`).
+    ``streams``: S, the number of canonical training streams, a power of two.
+    """
+
+    format: int = FORMAT_VERSION
+    name: str
+    seed: int
+    items: int = Field(ge=1)
+    streams: int = Field(ge=1)
+    protocol: Literal["leave_one_out", "every_position"]
+    splits: dict[Literal["train", "valid", "test"], SplitInfo]
+    features: list[Feature] = []
+    report: list[dict] = []
+    recipe: dict = {}
+
+    def feature(self, name: str) -> Feature:
+        """The feature called ``name``; UserError with the known names if there is none."""
+        for feature in self.features:
+            if feature.name == name:
+                return feature
+        known = ", ".join(feature.name for feature in self.features) or "none"
+        raise UserError(f"model.features: the data set has no feature '{name}' (it has: {known})")
+
+
+def read_manifest(data: str) -> Manifest:
+    """Read and validate ``DATA/manifest.json``.
+
+    Raises:
+        UserError: it is missing, damaged, or of another format version.
+    """
+    url = storage.join(data, MANIFEST)
+    content = storage.read_json(url)
+    version = content.get("format") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{url}: format {version!r}, this program reads format {FORMAT_VERSION}")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{url}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def write_manifest(data: str, manifest: Manifest) -> None:
+    """Write the manifest. It comes last: a data set without one is not there."""
+    storage.write_json(storage.join(data, MANIFEST), manifest.model_dump(mode="json"))
+
+
+def encode_shard(blocks: Iterable[Block], prefix: str) -> bytes:
+    """The bytes of a tar with the given blocks; the same blocks always give the same bytes.
+
+    Args:
+        blocks: at most `MAX_BLOCK_SESSIONS` sessions each.
+        prefix: start of every sample key, unique within the split.
+    """
+    buffer = io.BytesIO()
+    # USTAR has no per-file extension headers: smaller, and read by every tar.
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, block in enumerate(blocks):
+            if len(block.lengths) > MAX_BLOCK_SESSIONS:
+                raise ValueError(f"a block holds at most {MAX_BLOCK_SESSIONS} sessions, not {len(block.lengths)}")
+            for name, column in block.columns().items():
+                content = io.BytesIO()
+                column = np.ascontiguousarray(column, dtype=COLUMN_DTYPES[name])
+                npy_format.write_array(content, column, version=(1, 0), allow_pickle=False)
+                member = tarfile.TarInfo(f"{prefix}-{number:05d}.{name}.npy")
+                member.size = content.tell()
+                member.mode = _TAR_MODE
+                content.seek(0)
+                tar.addfile(member, content)
+    return buffer.getvalue()
+
+
+def write_shard(data: str, url: str, stream: int, blocks: list[Block], targets: int) -> ShardInfo:
+    """Write one shard to ``DATA/url`` and describe it.
+
+    Args:
+        stream: the canonical stream it belongs to (training), or the shard's number (valid, test).
+        targets: events to be predicted in it.
+    """
+    prefix = url.rsplit("/", 1)[-1].removesuffix(".tar")
+    content = encode_shard(blocks, prefix)
+    storage.write_bytes(storage.join(data, url), content)
+    return ShardInfo(
+        url=url,
+        stream=stream,
+        sessions=sum(len(block.lengths) for block in blocks),
+        events=sum(len(block.items) for block in blocks),
+        targets=targets,
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
+
+
+def decode_block(sample: dict, source: str) -> Block:
+    """Turn one WebDataset sample (member name -> bytes) into a block. Nothing in it is trusted.
+
+    Args:
+        sample: keys are `__key__`, `__url__` and the members, such as `items.npy`.
+        source: named in errors.
+
+    Raises:
+        UserError: a member is unknown, a column is missing, pickled or damaged, or the columns do not agree.
+    """
+    where = f"{source}: block {sample.get('__key__')}"
+    known = {f"{name}.npy" for name in COLUMN_DTYPES}
+    unknown = [member for member in sample if not member.startswith("__") and member not in known]
+    if unknown:
+        raise UserError(f"{where}: unknown member '{unknown[0]}'")
+    columns: dict[str, np.ndarray] = {}
+    for name, dtype in COLUMN_DTYPES.items():
+        content = sample.get(f"{name}.npy")
+        if content is None:
+            continue
+        try:
+            column = npy_format.read_array(io.BytesIO(content), allow_pickle=False)
+        except (ValueError, EOFError, TypeError, MemoryError, SyntaxError, KeyError) as error:
+            raise UserError(f"{where}: {name}.npy is damaged ({error})") from error
+        if column.dtype != dtype or column.ndim != 1:
+            raise UserError(f"{where}: {name}.npy must be a flat {np.dtype(dtype)} array")
+        columns[name] = column
+    for name in ("items", "lengths", "sessions"):
+        if name not in columns:
+            raise UserError(f"{where}: {name}.npy is missing")
+    block = Block(**columns)
+    events, sessions = len(block.items), len(block.lengths)
+    if (
+        sessions > MAX_BLOCK_SESSIONS
+        or len(block.sessions) != sessions
+        or (block.lengths < 1).any()
+        or int(block.lengths.sum(dtype=np.int64)) != events
+        or (block.times is not None and len(block.times) != events)
+        or (block.items < 1).any()
+    ):
+        raise UserError(f"{where}: its columns do not agree")
+    return block

@@ -1,0 +1,181 @@
+"""Canonical streams: the order of an epoch's sessions, the same for every number of ranks and workers.
+
+The training sessions lie in S streams. Given (seed, epoch), a stream is a fixed sequence: its shards in a shuffled
+order, then the sessions shuffled within consecutive windows. Global batch g takes the next B/S sessions of every
+stream. Ranks and loader workers only divide the streams among themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from gru4recf_dist.config import LoaderConfig
+from gru4recf_dist.data import assignment, columns
+from gru4recf_dist.data.shard_format import Block, Manifest, ShardInfo
+from gru4recf_dist.data.shards import read_blocks
+from gru4recf_dist.errors import UserError
+
+
+class Stream:
+    """One stream's sessions of one epoch, from a position on.
+
+    Args:
+        data: the data set's folder or URL.
+        shards: the stream's shards, in the manifest's order.
+        key: (seed, epoch, stream); decides the order and nothing else does.
+        position: sessions already taken. Whole shards before it are not opened.
+        window: sessions that are shuffled together.
+    """
+
+    def __init__(self, data: str, shards: list[ShardInfo], key: tuple[int, int, int], position: int, window: int):
+        self._data = data
+        self._key = key
+        self._window = window
+        # `take` serves from a shuffled window; a position inside a window starts in the middle of it.
+        self._window_number, self._served = divmod(position, window)
+        order = np.random.default_rng(key).permutation(len(shards))
+        self._blocks = self._read([shards[i] for i in order], skip=self._window_number * window)
+        self._unread: list[Block] = []
+        self._current: Block | None = None
+
+    def _read(self, shards: list[ShardInfo], skip: int) -> Iterator[Block]:
+        for shard in shards:
+            if skip >= shard.sessions:
+                skip -= shard.sessions
+                continue
+            for block in read_blocks(self._data, shard):
+                if skip >= len(block.lengths):
+                    skip -= len(block.lengths)
+                    continue
+                yield columns.slice_sessions(block, skip, len(block.lengths)) if skip else block
+                skip = 0
+
+    def _next_window(self) -> Block | None:
+        """The next window, shuffled; None at the end of the stream."""
+        count = sum(len(block.lengths) for block in self._unread)
+        while count < self._window and (block := next(self._blocks, None)) is not None:
+            self._unread.append(block)
+            count += len(block.lengths)
+        if not count:
+            return None
+        joined = columns.concatenate(self._unread)
+        window = columns.slice_sessions(joined, 0, self._window)
+        rest = columns.slice_sessions(joined, self._window, count) if count > self._window else None
+        self._unread = [rest] if rest else []
+        order = np.random.default_rng((*self._key, self._window_number)).permutation(len(window.lengths))
+        self._window_number += 1
+        return columns.select(window, order)
+
+    def take(self, count: int) -> list[Block]:
+        """The next ``count`` sessions, fewer at the end of the stream."""
+        taken = []
+        while count:
+            if self._current is None:
+                self._current = self._next_window()
+                if self._current is None:
+                    break
+            part = columns.slice_sessions(self._current, self._served, self._served + count)
+            self._served += len(part.lengths)
+            count -= len(part.lengths)
+            taken.append(part)
+            if self._served >= len(self._current.lengths):
+                self._current, self._served = None, 0
+        return taken
+
+
+class _StreamParts(IterableDataset):
+    """What one loader worker yields: for every remaining global batch, its streams' sessions as one block."""
+
+    def __init__(self, loader: SessionLoader) -> None:
+        self.data, self.shards, self.config = loader.data, loader.shards, loader.config
+        self.seed, self.epoch, self.positions = loader.seed, loader.epoch, list(loader.positions)
+        self.rank, self.world = loader.rank, loader.world
+        self.per_stream = loader.batch_size // len(self.shards)
+        self.steps = loader.steps_left
+
+    def __iter__(self) -> Iterator[Block]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        mine = assignment.streams_of(len(self.shards), self.rank, self.world, worker, workers)
+        streams = [
+            Stream(
+                self.data,
+                self.shards[stream],
+                (self.seed, self.epoch, stream),
+                self.positions[stream],
+                self.config.shuffle_window,
+            )
+            for stream in mine
+        ]
+        for _ in range(self.steps):
+            yield columns.concatenate([block for stream in streams for block in stream.take(self.per_stream)])
+
+
+class SessionLoader:
+    """A rank's part of the global batches of training sessions, epoch after epoch.
+
+    Its state is (epoch, sessions taken of each stream): small, and the same on every rank, so that training goes on
+    exactly where it stopped at another number of ranks, and with another batch size too.
+
+    Raises:
+        UserError: batch size, streams and ranks do not fit together.
+    """
+
+    def __init__(
+        self, data: str, manifest: Manifest, config: LoaderConfig, batch_size: int, seed: int, rank: int, world: int
+    ) -> None:
+        assignment.check_sizes(manifest.streams, batch_size, world)
+        self.data, self.config, self.batch_size, self.seed = data, config, batch_size, seed
+        self.rank, self.world = rank, world
+        self.shards: list[list[ShardInfo]] = [[] for _ in range(manifest.streams)]
+        for shard in manifest.splits["train"].shards:
+            self.shards[shard.stream].append(shard)
+        self.sizes = [sum(shard.sessions for shard in shards) for shards in self.shards]
+        self.epoch = 0
+        self.positions = [0] * manifest.streams
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return assignment.steps_left(self.sizes, [0] * len(self.sizes), self.batch_size)
+
+    @property
+    def steps_left(self) -> int:
+        """Global batches left in the current epoch, the same number on every rank."""
+        return assignment.steps_left(self.sizes, self.positions, self.batch_size)
+
+    def __iter__(self) -> Iterator[Block]:
+        """The rest of the current epoch: one block a step, possibly of no session; then the next epoch is current."""
+        per_stream = self.batch_size // len(self.sizes)
+        for block in self._parts():
+            self.positions = [
+                min(position + per_stream, size) for position, size in zip(self.positions, self.sizes, strict=True)
+            ]
+            if self.steps_left == 0:
+                self.epoch, self.positions = self.epoch + 1, [0] * len(self.sizes)
+            yield block
+
+    def _parts(self) -> Iterator[Block]:
+        parts, steps = _StreamParts(self), self.steps_left
+        # A worker without a stream would only yield empty blocks.
+        workers = min(self.config.workers, len(assignment.streams_of(len(self.sizes), self.rank, self.world)))
+        if not workers:
+            yield from parts
+            return
+        # The DataLoader asks its workers in turn, and each yields one block a step: `workers` blocks are one step.
+        # forkserver: a fork of a process that runs gloo, NCCL or fsspec threads may hang.
+        loaded = iter(DataLoader(parts, batch_size=None, num_workers=workers, multiprocessing_context="forkserver"))
+        for _ in range(steps):
+            yield columns.concatenate([next(loaded) for _ in range(workers)])
+
+    def state_dict(self) -> dict:
+        return {"epoch": self.epoch, "positions": list(self.positions)}
+
+    def load_state_dict(self, state: dict) -> None:
+        if len(state["positions"]) != len(self.sizes):
+            raise UserError(
+                f"the checkpoint was made with {len(state['positions'])} streams, the data set has {len(self.sizes)}"
+            )
+        self.epoch, self.positions = state["epoch"], list(state["positions"])

@@ -1,0 +1,40 @@
+"""The one exception that means "the user's input is wrong", and how programs end on it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Bad configuration or input. Its text is one line that names the key or the file."""
+
+
+_every_rank_reports = False
+
+
+def report_from_every_rank() -> None:
+    """Call once the ranks work on different things: from then on one rank alone may fail, and must say so itself."""
+    global _every_rank_reports
+    _every_rank_reports = True
+
+
+def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Make a program's ``main`` print a ``UserError`` as one line on stderr and return 2.
+
+    Under torchrun every rank fails alike on a bad configuration, so only rank 0 speaks until
+    `report_from_every_rank` is called.
+    """
+
+    @functools.wraps(main)
+    def wrapper(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except UserError as error:
+            if _every_rank_reports or os.environ.get("RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            return 2
+
+    return wrapper

@@ -1,0 +1,1 @@
+"""Exact full-sort evaluation over the sharded table."""

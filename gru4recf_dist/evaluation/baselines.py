@@ -1,0 +1,108 @@
+"""What a model must beat: popularity, and a first-order Markov chain over items. Both with ties broken at random.
+
+They are counted on one process from the training shards: integers and sorted arrays of the number of transitions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gru4recf_dist.data import columns
+from gru4recf_dist.data.batches import pack_queries
+from gru4recf_dist.data.shard_format import Manifest
+from gru4recf_dist.data.shards import read_blocks
+from gru4recf_dist.evaluation.metrics import expected_over_ties
+from gru4recf_dist.evaluation.sessions import read_batches
+
+
+class Popularity:
+    """Scores an item by its training events."""
+
+    def __init__(self, popularity: np.ndarray) -> None:
+        self._counts = popularity
+        self._sorted = np.sort(popularity[1:])
+
+    def scores(self, last: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Scores of ``items`` after ``last`` events, int64 [n]."""
+        return self._counts[items]
+
+    def above_and_tied(self, last: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many of all items score above, and exactly, each of ``scores``; int64 [n] each."""
+        low, high = (np.searchsorted(self._sorted, scores, side) for side in ("left", "right"))
+        return len(self._sorted) - high, high - low
+
+
+class MarkovChain:
+    """Scores an item by how often it followed the session's last item in training."""
+
+    def __init__(self, data: str, manifest: Manifest) -> None:
+        self._items = manifest.items
+        self._base = manifest.items + 1
+        keys, counts = _transitions(data, manifest, self._base)
+        self._keys, self._counts = keys, counts
+        source = keys // self._base
+        self._bounds = np.searchsorted(source, np.arange(self._base + 1))
+        # Within each source item by ascending count: one binary search finds how many are above a count.
+        self._width = int(counts.max(initial=0)) + 2
+        self._ordered = np.sort(source * self._width + counts)
+
+    def scores(self, last: np.ndarray, items: np.ndarray) -> np.ndarray:
+        wanted = last * self._base + items
+        places = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
+        return np.where(self._keys[places] == wanted, self._counts[places], 0)
+
+    def above_and_tied(self, last: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        start, stop = self._bounds[last], self._bounds[last + 1]
+        low, high = (np.searchsorted(self._ordered, last * self._width + scores, side) for side in ("left", "right"))
+        # Items that never followed `last` are all tied at 0.
+        tied = np.where(scores > 0, high - low, self._items - (stop - start))
+        return np.where(scores > 0, stop - high, stop - start), tied
+
+
+def _transitions(data: str, manifest: Manifest, base: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct pairs of consecutive training items as keys ``item * base + next``, ascending, and their counts."""
+    merged, counts = np.empty(0, np.int64), np.empty(0, np.int64)
+    for shard in manifest.splits["train"].shards:
+        keys = []
+        for block in read_blocks(data, shard):
+            first = columns.ragged_arange(block.lengths) == 0
+            items = block.items.astype(np.int64)
+            keys.append((items[:-1] * base + items[1:])[~first[1:]])
+        new, new_counts = np.unique(np.concatenate(keys), return_counts=True)
+        merged, places = np.unique(np.concatenate([merged, new]), return_inverse=True)
+        counts = np.bincount(places, np.concatenate([counts, new_counts]), len(merged)).astype(np.int64)
+    return merged, counts
+
+
+def evaluate_baselines(
+    data: str, manifest: Manifest, popularity: np.ndarray, split: str, protocol: str, ks: list[int]
+) -> dict[str, dict[str, float]]:
+    """Metrics of the baselines on a split, with the same targets and misses as the model's.
+
+    Returns:
+        by name: ``popularity``, ``markov``, and both with the suffix ``_excluding_seen``.
+    """
+    baselines = {"popularity": Popularity(popularity), "markov": MarkovChain(data, manifest)}
+    parts: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+    for block in read_batches(data, manifest, split, batch_sessions=1024):
+        # The history is never cut here: a baseline sees what the session holds.
+        longest = int(block.lengths.max())
+        batch = pack_queries(block, longest, context=0, every_position=protocol == "every_position")
+        last, targets = batch.items[batch.positions].numpy(), batch.targets.numpy()
+        query, seen = batch.seen_query.numpy(), batch.seen_item.numpy()
+        trained = popularity[targets] > 0
+        repeated = np.bincount(query[seen == targets[query]], minlength=len(targets)) > 0
+        for name, baseline in baselines.items():
+            scores = baseline.scores(last, targets)
+            above, tied = baseline.above_and_tied(last, scores)
+            parts.setdefault(name, []).append((above, tied, trained))
+            seen_scores = baseline.scores(last[query], seen)
+            better = np.bincount(query[seen_scores > scores[query]], minlength=len(targets))
+            equal = np.bincount(query[seen_scores == scores[query]], minlength=len(targets))
+            # Where the target itself was seen it is a miss, and its tie may be left empty.
+            rest = np.maximum(tied - equal, 1)
+            parts.setdefault(f"{name}_excluding_seen", []).append((above - better, rest, trained & ~repeated))
+    return {
+        name: expected_over_ties(*(np.concatenate(column) for column in zip(*chunks, strict=True)), ks)
+        for name, chunks in parts.items()
+    }

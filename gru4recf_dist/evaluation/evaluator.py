@@ -1,0 +1,144 @@
+"""Distributed full-sort evaluation: every item is a candidate, no [queries, items] matrix is made, ranks are exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gru4recf_dist.config import Config
+from gru4recf_dist.data import assignment
+from gru4recf_dist.data.batches import QueryBatch, pack_queries
+from gru4recf_dist.data.columns import concatenate
+from gru4recf_dist.data.shard_format import Manifest
+from gru4recf_dist.evaluation import ranking
+from gru4recf_dist.evaluation.metrics import RankHistogram
+from gru4recf_dist.evaluation.sessions import batch_count, read_batches
+from gru4recf_dist.model.scoring import exact_scores
+from gru4recf_dist.parallel import collectives
+from gru4recf_dist.parallel.ranks import Ranks
+from gru4recf_dist.recommender import Recommender
+from gru4recf_dist.table.partition import route
+
+
+@dataclass(frozen=True)
+class _Queries:
+    """The queries of one round, of all ranks, the same on each: Q of them."""
+
+    vectors: torch.Tensor
+    targets: torch.Tensor
+    target_scores: torch.Tensor
+    seen_query: torch.Tensor
+    seen_item: torch.Tensor
+
+
+class Evaluator:
+    """Ranks the targets of a split against all items.
+
+    Each batch of sessions, of fixed composition, is encoded whole by one rank; the queries are gathered, every rank
+    counts the items of its own rows that beat each target, and one all-reduce of integers gives the exact ranks.
+
+    Args:
+        popularity: int64 [N+1]; an item without a training event has an untrained row: as a target it is a miss.
+    """
+
+    def __init__(self, config: Config, manifest: Manifest, popularity: np.ndarray, ranks: Ranks) -> None:
+        self.config, self.manifest, self.ranks = config, manifest, ranks
+        self.untrained = torch.from_numpy(popularity == 0)
+        self.protocol = protocol_of(config, manifest)
+
+    def evaluate(self, model: Recommender, split: str) -> dict[str, dict[str, float]]:
+        """Metrics of a split, the same on every rank.
+
+        Returns:
+            ``{split: {...}, split_excluding_seen: {...}}``; in the second the session's earlier items are no
+            candidates, so a target among them is a miss. Both count every target in the denominator.
+        """
+        settings = self.config.evaluation
+        everything, unseen = (RankHistogram(max(settings.ks)) for _ in range(2))
+        untrained_targets = 0
+        batches = read_batches(
+            self.config.data, self.manifest, split, settings.batch_sessions, self.ranks.rank, self.ranks.world
+        )
+        for _ in range(self._rounds(split)):
+            block = next(batches, None) or concatenate([])
+            batch = pack_queries(
+                block,
+                self.config.loader.max_length,
+                self.config.loader.context,
+                every_position=self.protocol == "every_position",
+            )
+            queries = self._gather(model, batch)
+            above, seen_above = self._count(model, queries)
+            trained = ~self.untrained[queries.targets]
+            repeated = _contains_target(queries)
+            everything.add((above + 1).numpy(), trained.numpy())
+            unseen.add((above - seen_above + 1).numpy(), (trained & ~repeated).numpy())
+            untrained_targets += int((~trained).sum())
+        common = {
+            "targets": everything.total,
+            "untrained_target_share": untrained_targets / everything.total if everything.total else 0.0,
+        }
+        return {
+            split: {**everything.metrics(settings.ks), **common},
+            f"{split}_excluding_seen": {**unseen.metrics(settings.ks), **common},
+        }
+
+    def _rounds(self, split: str) -> int:
+        """Batches of the rank that has most; the others take part with an empty one."""
+        batches = batch_count(self.manifest, split, self.config.evaluation.batch_sessions)
+        return max(len(assignment.share(batches, rank, self.ranks.world)) for rank in range(self.ranks.world))
+
+    def _gather(self, model: Recommender, batch: QueryBatch) -> _Queries:
+        """Encode this rank's batch and put the ranks' queries together (vectors on the device, integers on the CPU)."""
+        device, host = self.ranks.device, self.ranks.host
+        encoded = model.encode(batch.items.to(device), batch.batch_sizes)
+        vectors = encoded[batch.positions.to(device)]
+        with torch.no_grad():
+            routing = route(model.table.partition, batch.targets)
+            rows = model.table.lookup(model.table.exchange(routing))[routing.inverse[0].to(device)].float()
+        scores = exact_scores(vectors, rows, self.config.model.score)
+        counts = collectives.gather_counts(len(batch.targets), host)
+        pair_counts = collectives.gather_counts(len(batch.seen_query), host)
+        before = sum(counts[: self.ranks.rank])
+        pairs = torch.stack([batch.seen_query + before, batch.seen_item], dim=1)
+        pairs = collectives.all_gather_rows(pairs, pair_counts, host)
+        return _Queries(
+            vectors=collectives.all_gather_rows(vectors, counts, self.ranks.table),
+            targets=collectives.all_gather_rows(batch.targets, counts, host),
+            target_scores=collectives.all_gather_rows(scores, counts, self.ranks.table),
+            seen_query=pairs[:, 0],
+            seen_item=pairs[:, 1],
+        )
+
+    def _count(self, model: Recommender, queries: _Queries) -> tuple[torch.Tensor, torch.Tensor]:
+        """Items above each target, and those of them that the session has seen; int64 [Q] each, on the CPU."""
+        settings, score = self.config.evaluation, self.config.model.score
+        targets = queries.targets.to(self.ranks.device)
+        common = (queries.vectors, targets, queries.target_scores)
+        above = ranking.count_above(*common, model.table, score, settings.tile_rows, settings.ties)
+        seen = ranking.count_seen_above(
+            *common,
+            queries.seen_query.to(self.ranks.device),
+            queries.seen_item.to(self.ranks.device),
+            model.table,
+            score,
+            settings.ties,
+        )
+        both = collectives.sum_over_ranks(torch.stack([above, seen]), self.ranks.table).cpu()
+        return both[0], both[1]
+
+
+def protocol_of(config: Config, manifest: Manifest) -> str:
+    """The evaluation protocol, with `auto` resolved to what the data set was prepared for."""
+    chosen = config.evaluation.protocol
+    return manifest.protocol if chosen == "auto" else chosen
+
+
+def _contains_target(queries: _Queries) -> torch.Tensor:
+    """Whether each query's target is among the items already seen; bool [Q]."""
+    hit = queries.seen_item == queries.targets[queries.seen_query]
+    result = torch.zeros(len(queries.targets), dtype=torch.bool)
+    result[queries.seen_query[hit]] = True
+    return result

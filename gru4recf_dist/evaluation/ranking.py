@@ -1,0 +1,111 @@
+"""Exact ranks by counting: how many of this rank's items score above each query's target.
+
+A rank is defined by float64 scores of the float32 vectors (`model.scoring.exact_scores`). Tiles are scored in float32,
+which decides all but the items within the rounding error of the target's score; those few are scored again in
+float64. So the count is exact, whatever the tile size and the number of ranks.
+
+Shapes: Q queries of all ranks, D embedding size, n rows of a tile.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gru4recf_dist.model.scoring import exact_scores, transform_rows
+from gru4recf_dist.table.item_table import ShardedItemTable
+
+# Pairs that are scored in float64 at a time: bounds the memory.
+_PAIRS = 1 << 17
+
+
+def count_above(
+    queries: torch.Tensor,
+    targets: torch.Tensor,
+    target_scores: torch.Tensor,
+    table: ShardedItemTable,
+    score: str,
+    tile_rows: int,
+    ties: str,
+) -> torch.Tensor:
+    """Items of this rank's rows above each target; int64 [Q]. Padding and the target itself never count.
+
+    Args:
+        queries: float32 [Q, D].
+        targets: int64 [Q], item ids.
+        target_scores: float64 [Q], exact scores of the targets.
+        ties: ``against`` counts items of exactly the target's score, ``for`` does not.
+    """
+    count = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    norms = queries.double().norm(dim=1)
+    for first, raw in table.tiles(tile_rows):
+        rows = transform_rows(raw.float(), score)
+        margin = norms * (rows.norm(dim=1).max().double() * _relative_error(queries.shape[1]))
+        scores = queries @ rows.T
+        sure = torch.count_nonzero(scores > _round_up(target_scores + margin)[:, None], dim=1)
+        possible = torch.count_nonzero(scores >= _round_down(target_scores - margin)[:, None], dim=1)
+        count += sure
+        # Most queries have nothing near their target's score in most tiles.
+        open_queries = torch.nonzero(possible > sure).squeeze(1)
+        if not len(open_queries):
+            continue
+        near = scores[open_queries]
+        near = (near >= _round_down(target_scores - margin)[open_queries, None]) & (
+            near <= _round_up(target_scores + margin)[open_queries, None]
+        )
+        query, column = torch.nonzero(near, as_tuple=True)
+        query = open_queries[query]
+        other = targets[query] != column + first
+        query, column = query[other], column[other]
+        above = _pairs_above(queries, target_scores, query, raw, column, score, ties)
+        count += torch.bincount(query[above], minlength=len(queries))
+    return count
+
+
+def count_seen_above(
+    queries: torch.Tensor,
+    targets: torch.Tensor,
+    target_scores: torch.Tensor,
+    seen_query: torch.Tensor,
+    seen_item: torch.Tensor,
+    table: ShardedItemTable,
+    score: str,
+    ties: str,
+) -> torch.Tensor:
+    """Of the pairs (query, item already seen) whose item lies on this rank: how many are above the target; [Q].
+
+    Subtracted from `count_above`, this leaves the seen items out of the candidates.
+    """
+    here = (seen_item >= table.own.start) & (seen_item < table.own.stop) & (seen_item != targets[seen_query])
+    query, local = seen_query[here], seen_item[here] - table.own.start
+    above = _pairs_above(queries, target_scores, query, table.weight, local, score, ties)
+    return torch.bincount(query[above], minlength=len(queries))
+
+
+def _pairs_above(queries, target_scores, query, raw, column, score, ties) -> torch.Tensor:
+    """Whether row ``column[i]`` of ``raw`` is above the target of query ``query[i]``; bool, in float64."""
+    above = torch.empty(len(query), dtype=torch.bool, device=queries.device)
+    for start in range(0, len(query), _PAIRS):
+        part = slice(start, start + _PAIRS)
+        exact = exact_scores(queries[query[part]], raw[column[part]].float(), score)
+        target = target_scores[query[part]]
+        above[part] = exact >= target if ties == "against" else exact > target
+    return above
+
+
+def _relative_error(dim: int) -> float:
+    """Bound of |float32 score - exact score| / (|query| |row|) for a product of ``dim`` terms in any order.
+
+    gamma_D = D u / (1 - D u) with u = 2^-24 (Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1),
+    and as much again, with some to spare, for the normalisation of the row.
+    """
+    return (2 * dim + 16) * 2.0**-24
+
+
+def _round_up(values: torch.Tensor) -> torch.Tensor:
+    """float64 -> a float32 that is not smaller."""
+    return torch.nextafter(values.float(), torch.tensor(torch.inf, device=values.device))
+
+
+def _round_down(values: torch.Tensor) -> torch.Tensor:
+    """float64 -> a float32 that is not greater."""
+    return torch.nextafter(values.float(), torch.tensor(-torch.inf, device=values.device))

@@ -1,0 +1,90 @@
+"""GRU4RecF as one plain module, with RecBole's four methods: for single-process use, inspection and export.
+
+The trainer runs the same encoder packed, beside a sharded table; this class adds a dense item embedding to it and
+keeps RecBole 1.2.1's meaning, names and shapes. There, cross-entropy runs over all N+1 columns: the padding row is a
+candidate, and it is not zero.
+
+Shapes: B sessions, L longest, D embedding size, n = N+1 rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from gru4recf_dist.config import ModelConfig
+from gru4recf_dist.model.encoder import SessionEncoder
+from gru4recf_dist.model.features import FeatureSpec
+from gru4recf_dist.model.scoring import transform_rows
+
+ITEM_SEQ = "item_id_list"
+ITEM_SEQ_LEN = "item_length"
+ITEM_ID = "item_id"
+
+
+class GRU4RecF(SessionEncoder):
+    """Hidasi et al., RecSys 2016, variant (2) of RecBole's `GRU4RecF`.
+
+    Args:
+        config: the model section of the configuration.
+        item_count: n = N+1, padding row included.
+        specs: features to use.
+        item_features: each feature of all n items, by name, as `FeatureEmbedding.forward` takes them.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        item_count: int,
+        specs: list[FeatureSpec] | None = None,
+        item_features: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__(config, specs or [])
+        self.item_embedding = nn.Embedding(item_count, config.embedding_size, padding_idx=0)
+        # RecBole initialises after the padding row was zeroed: the row is overwritten, and never trained as an input.
+        nn.init.xavier_normal_(self.item_embedding.weight)
+        self.feature_names = [spec.name for spec in specs or []]
+        for name in self.feature_names:
+            self.register_buffer(_buffer(name), item_features[name], persistent=False)
+
+    def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
+        """Encode padded sessions.
+
+        Args:
+            item_seq: int64 [B, L], item ids, padded with 0 at the end.
+            item_seq_len: int64 [B], real events of each, at least 1.
+
+        Returns:
+            [B, D], the output at each session's last event.
+        """
+        packed = pack_padded_sequence(item_seq.T, item_seq_len.cpu(), enforce_sorted=False)
+        ids, places = torch.unique(packed.data, return_inverse=True)
+        features = {name: getattr(self, _buffer(name))[ids] for name in self.feature_names}
+        output = super().forward(self.item_embedding(ids), features, places, packed.batch_sizes)
+        # The last event of the sequence of packed rank i stands at offset(its last time step) + i.
+        offsets = torch.cumsum(packed.batch_sizes, 0) - packed.batch_sizes
+        last = offsets.to(output.device)[item_seq_len.to(output.device) - 1] + packed.unsorted_indices
+        return output[last]
+
+    def calculate_loss(self, interaction: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Mean cross-entropy over all n columns; ``interaction`` holds `ITEM_SEQ`, `ITEM_SEQ_LEN`, `ITEM_ID` [B]."""
+        return nn.functional.cross_entropy(self.full_sort_predict(interaction), interaction[ITEM_ID])
+
+    def predict(self, interaction: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Score of each session's item `ITEM_ID`, [B]."""
+        queries = self(interaction[ITEM_SEQ], interaction[ITEM_SEQ_LEN])
+        rows = transform_rows(self.item_embedding(interaction[ITEM_ID]), self.config.score)
+        return (queries * rows).sum(dim=1)
+
+    def full_sort_predict(self, interaction: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Scores of all rows, [B, n]."""
+        queries = self(interaction[ITEM_SEQ], interaction[ITEM_SEQ_LEN])
+        return queries @ transform_rows(self.item_embedding.weight, self.config.score).T
+
+
+def _buffer(feature: str) -> str:
+    # A feature may be called like an attribute of a module, "training" for one.
+    return f"item_feature_{feature}"

@@ -1,0 +1,112 @@
+"""Losses over one target and many candidates, in blocks of rows so that no [T, K] matrix is ever kept.
+
+Shapes: T queries, U candidate rows, D embedding size. Logits are float32 or float64 like the queries.
+"""
+
+from __future__ import annotations
+
+import torch
+
+NOTHING = -1
+
+
+class _BlockwiseLogSumExp(torch.autograd.Function):
+    """log sum_j exp(q_i . r_j + bias_j), without column ``exclude[i]``; logits are made again in backward."""
+
+    @staticmethod
+    def forward(ctx, queries, rows, bias, exclude, block_rows):
+        ctx.save_for_backward(queries, rows, bias, exclude, result := queries.new_empty(len(queries)))
+        ctx.block_rows = block_rows
+        for start in range(0, len(queries), block_rows):
+            block = slice(start, start + block_rows)
+            torch.logsumexp(_logits(queries[block], rows, bias, exclude, block), dim=1, out=result[block])
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        queries, rows, bias, exclude, result = ctx.saved_tensors
+        grad_queries, grad_rows = torch.empty_like(queries), torch.zeros_like(rows)
+        for start in range(0, len(queries), ctx.block_rows):
+            block = slice(start, start + ctx.block_rows)
+            logits = _logits(queries[block], rows, bias, exclude, block)
+            # A query whose candidates are all excluded has a sum of 0: its share of every row is 0, not NaN.
+            finite = result[block].clamp(min=torch.finfo(result.dtype).min)
+            share = logits.sub_(finite[:, None]).exp_().mul_(gradient[block, None])
+            torch.mm(share, rows, out=grad_queries[block])
+            grad_rows.addmm_(share.T, queries[block])
+        return grad_queries, grad_rows, None, None, None
+
+
+def _logits(queries, rows, bias, exclude, block):
+    logits = queries @ rows.T
+    if bias is not None:
+        logits += bias
+    if exclude is not None:
+        column = exclude[block]
+        masked = column != NOTHING
+        logits[torch.nonzero(masked).squeeze(1), column[masked]] = -torch.inf
+    return logits
+
+
+def blockwise_logsumexp(
+    queries: torch.Tensor,
+    rows: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    exclude: torch.Tensor | None = None,
+    block_rows: int = 256,
+) -> torch.Tensor:
+    """log of the sum over the candidates of exp(score), [T]; -inf where there is no candidate.
+
+    Differentiable in ``queries`` and ``rows``. Memory: block_rows x U logits.
+
+    Args:
+        queries: [T, D].
+        rows: [U, D].
+        bias: [U], added to the scores of each candidate.
+        exclude: int64 [T], a column to leave out for each query, or `NOTHING`.
+    """
+    if not len(rows):
+        # Keeps both inputs in the graph, so that every rank's backward runs the same collectives.
+        return (queries.sum(dim=1) + rows.sum()) * 0.0 - torch.inf
+    return _BlockwiseLogSumExp.apply(queries, rows, bias, exclude, block_rows)
+
+
+def sampled_softmax(
+    queries: torch.Tensor,
+    positives: torch.Tensor,
+    negatives: torch.Tensor,
+    correction: torch.Tensor,
+    exclude: torch.Tensor,
+    positive_correction: torch.Tensor | None = None,
+    block_rows: int = 256,
+) -> torch.Tensor:
+    """Cross-entropy of each target against sampled negatives, [T].
+
+    Negatives drawn K times with replacement from q stand for all items: each distinct one has the logit
+    s_j - log(K q_j) + log(count_j), so that the sum over them estimates the sum over all items (importance sampling;
+    Bengio & Senécal, 2008). The target itself is the one exact term and takes no correction.
+
+    Args:
+        positives: [T, D], candidate row of each target.
+        negatives: [U, D], candidate rows of the distinct negatives.
+        correction: [U], log(count_j) - log(K q_j).
+        exclude: int64 [T], the column of ``negatives`` that is the target itself, or `NOTHING`.
+        positive_correction: [T], subtracted from the target's score (``logq: classic``).
+    """
+    positive = (queries * positives).sum(dim=-1)
+    if positive_correction is not None:
+        positive = positive - positive_correction
+    rest = blockwise_logsumexp(queries, negatives, correction, exclude, block_rows)
+    # -log(e^p / (e^p + e^rest)), stable for either sign of the difference
+    return torch.nn.functional.softplus(rest - positive)
+
+
+def columns_of(targets: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Where each target stands among the ascending distinct ``ids`` [U], or `NOTHING`; int64 [T].
+
+    By binary search, not by a [T, U] comparison.
+    """
+    if not ids.numel():
+        return torch.full_like(targets, NOTHING)
+    places = torch.searchsorted(ids, targets).clamp(max=len(ids) - 1)
+    return torch.where(ids[places] == targets, places, NOTHING)

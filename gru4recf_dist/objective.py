@@ -1,0 +1,78 @@
+"""The training objective over the sharded table: what a rank's events cost, with every collective that this takes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from gru4recf_dist.config import Config
+from gru4recf_dist.data.batches import PackedBatch
+from gru4recf_dist.model import losses
+from gru4recf_dist.model.scoring import transform_rows
+from gru4recf_dist.parallel import collectives
+from gru4recf_dist.table.item_table import ShardedItemTable
+from gru4recf_dist.table.negatives import NegativeSampler
+
+
+class Objective:
+    """Full or sampled softmax, as configured.
+
+    Args:
+        sampler: the negatives' proposal; None with full softmax.
+    """
+
+    def __init__(self, config: Config, table: ShardedItemTable, sampler: NegativeSampler | None) -> None:
+        self.config, self.score = config.loss, config.model.score
+        self.table, self.sampler = table, sampler
+
+    def __call__(self, queries: torch.Tensor, positives: torch.Tensor, batch: PackedBatch, step: int) -> torch.Tensor:
+        """Sum of this rank's losses over its counted positions: a scalar.
+
+        Args:
+            queries: [T, D], the encoder's output.
+            positives: [T, D], table row of each target.
+            batch: its targets and weights.
+            step: number of the update; decides the negatives.
+        """
+        positives = transform_rows(positives, self.score)
+        if self.sampler is None:
+            each = self._full(queries, positives)
+        else:
+            each = self._sampled(queries, positives, batch.targets, step)
+        weights = batch.weights.to(device=each.device, dtype=each.dtype)
+        return (each * weights).sum()
+
+    def _full(self, queries: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+        """Vocabulary-parallel cross-entropy: every rank sums over its own rows for the queries of all."""
+        group = self.table.ranks.table
+        counts = collectives.gather_counts(len(queries), self.table.ranks.host)
+        everyone = collectives.differentiable_all_gather_rows(queries, counts, group)
+        rows = transform_rows(self.table.candidates(), self.score)
+        partial = losses.blockwise_logsumexp(everyone, rows, block_rows=self.config.block_rows)
+        # Each rank gets back the W partial sums of its own queries.
+        mine = collectives.differentiable_all_to_all(partial, [len(queries)] * len(counts), counts, group)
+        total = torch.logsumexp(mine.view(len(counts), len(queries)), dim=0)
+        return total - (queries * positives).sum(dim=-1)
+
+    def _sampled(
+        self, queries: torch.Tensor, positives: torch.Tensor, targets: torch.Tensor, step: int
+    ) -> torch.Tensor:
+        negatives = self.sampler.draw(step)
+        rows = transform_rows(self.table.gather(negatives.ids), self.score)
+        correction = np.log(negatives.counts)
+        if self.config.logq != "off":
+            correction = correction - negatives.log_expected
+        positive_correction = None
+        if self.config.logq == "classic":
+            # The padding target of a position that does not count has no probability: any item stands in.
+            expected = self.sampler.log_expected(targets.clamp(min=1).numpy())
+            positive_correction = torch.from_numpy(expected).to(queries)
+        return losses.sampled_softmax(
+            queries,
+            positives,
+            rows,
+            torch.from_numpy(correction).to(queries),
+            losses.columns_of(targets, torch.from_numpy(negatives.ids)).to(queries.device),
+            positive_correction,
+            self.config.block_rows,
+        )

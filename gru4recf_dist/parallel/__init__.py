@@ -1,0 +1,1 @@
+"""Process groups, collectives that can be differentiated, and the training engines."""

@@ -1,0 +1,86 @@
+"""The ranks of a run: who this process is, its device, and the process groups that the parts of a step use."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from gru4recf_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ``world`` ranks.
+
+    Attributes:
+        device: where the encoder lives.
+        dense: group of the encoder's all-reduce.
+        table: group of the item table's exchanges; its own, so that they never wait behind the encoder's.
+        host: gloo group for CPU tensors: counts, flags, checkpoints.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    dense: dist.ProcessGroup
+    table: dist.ProcessGroup
+    host: dist.ProcessGroup
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`: this process's GPU if there is one.
+
+    Raises:
+        UserError: `cuda` was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda was asked for, but torch sees no CUDA device")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def start(device: str = "auto", timeout_seconds: int = 1800, init_method: str | None = None) -> Ranks:
+    """Join the process group that torchrun (or SLURM through torchrun) describes; alone without one.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`.
+        timeout_seconds: how long a collective waits for a missing rank before it fails.
+        init_method: rendezvous instead of the environment's, such as `file:///path`; needs RANK and WORLD_SIZE.
+    """
+    chosen = choose_device(device)
+    timeout = timedelta(seconds=timeout_seconds)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if not dist.is_initialized():
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            dist.init_process_group(
+                backend, init_method=init_method or "env://", rank=rank, world_size=world, timeout=timeout
+            )
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    everyone = dist.group.WORLD
+    return Ranks(
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        device=chosen,
+        dense=everyone,
+        table=dist.new_group(timeout=timeout),
+        host=dist.new_group(backend="gloo", timeout=timeout),
+    )
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

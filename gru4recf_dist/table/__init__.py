@@ -1,0 +1,1 @@
+"""The sharded item table: rows, row-wise optimizers, item features, negative sampling."""

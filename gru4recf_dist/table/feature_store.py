@@ -1,0 +1,105 @@
+"""Item features, sharded by rows like the item table and fetched over the same exchange."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gru4recf_dist.data import storage
+from gru4recf_dist.data.shard_format import PADDING_ID, Feature, Manifest
+from gru4recf_dist.errors import UserError
+from gru4recf_dist.parallel import collectives
+from gru4recf_dist.parallel.ranks import Ranks
+from gru4recf_dist.table.item_table import Exchange
+from gru4recf_dist.table.partition import RowPartition
+
+
+@dataclass
+class _Column:
+    """One feature of this rank's rows; ``indptr`` only for multi-valued ones."""
+
+    feature: Feature
+    values: torch.Tensor
+    indptr: torch.Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        return {"token": 1, "float": 1, "token_seq": self.feature.longest, "vector": self.feature.size}[
+            self.feature.kind
+        ]
+
+    def rows(self, local: torch.Tensor) -> torch.Tensor:
+        """The feature of local rows as int32 [n, width]; floats travel as their bits."""
+        if self.indptr is None:
+            return self.values[local].reshape(len(local), -1).view(torch.int32)
+        start, stop = self.indptr[local], self.indptr[local + 1]
+        places = start[:, None] + torch.arange(self.width, device=local.device)
+        inside = places < stop[:, None]
+        if not self.values.numel():
+            return torch.full(places.shape, PADDING_ID, dtype=torch.int32, device=local.device)
+        return torch.where(inside, self.values[places.clamp(max=self.values.numel() - 1)], PADDING_ID)
+
+    def decode(self, rows: torch.Tensor) -> torch.Tensor:
+        """What travelled, in the form that the encoder takes."""
+        if self.feature.kind == "token":
+            return rows[:, 0].long()
+        if self.feature.kind == "token_seq":
+            return rows.long()
+        floats = rows.contiguous().view(torch.float32)
+        return floats[:, 0] if self.feature.kind == "float" else floats
+
+
+class FeatureStore:
+    """Features of this rank's rows; every rank reads its own row range of each file and nothing else.
+
+    Args:
+        names: the features to hold, in the order in which the encoder takes them.
+
+    Raises:
+        UserError: the data set lacks a feature, or a file does not fit the manifest.
+    """
+
+    def __init__(self, data: str, manifest: Manifest, names: list[str], ranks: Ranks) -> None:
+        self.ranks = ranks
+        rows = RowPartition(manifest.items + 1, ranks.world).range_of(ranks.rank)
+        self._columns = [_read_column(data, manifest.feature(name), rows, ranks.device) for name in names]
+
+    def lookup(self, exchange: Exchange) -> dict[str, torch.Tensor]:
+        """Features of the routing's distinct ids.
+
+        Returns:
+            by name: token int64 [U], token_seq int64 [U, longest] (0: padding), float [U], vector [U, size].
+        """
+        if not self._columns:
+            return {}
+        owned = torch.cat([column.rows(exchange.local) for column in self._columns], dim=1)
+        rows = collectives.all_to_all(owned, exchange.send, exchange.receive, self.ranks.table)
+        parts = rows.split([column.width for column in self._columns], dim=1)
+        return {column.feature.name: column.decode(part) for column, part in zip(self._columns, parts, strict=True)}
+
+
+def _read_column(data: str, feature: Feature, rows: range, device: torch.device) -> _Column:
+    url = storage.join(data, feature.values)
+    if feature.kind != "token_seq":
+        dtype = np.int32 if feature.kind == "token" else np.float32
+        values = storage.read_npy_rows(url, rows.start, rows.stop)
+        _check(url, values, dtype, len(rows))
+        return _Column(feature, torch.from_numpy(values).to(device))
+    indptr_url = storage.join(data, feature.indptr)
+    indptr = storage.read_npy_rows(indptr_url, rows.start, rows.stop + 1)
+    # A rank without rows still reads one bound, or none past the end of the file.
+    if len(rows) == 0:
+        return _Column(feature, torch.empty(0, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int64))
+    _check(indptr_url, indptr, np.int64, len(rows) + 1)
+    if (np.diff(indptr) < 0).any() or int(np.diff(indptr).max()) > feature.longest:
+        raise UserError(f"{indptr_url}: row bounds do not ascend, or exceed the manifest's longest ({feature.longest})")
+    values = storage.read_npy_rows(url, int(indptr[0]), int(indptr[-1]))
+    _check(url, values, np.int32, int(indptr[-1] - indptr[0]))
+    return _Column(feature, torch.from_numpy(values).to(device), torch.from_numpy(indptr - indptr[0]).to(device))
+
+
+def _check(url: str, array: np.ndarray, dtype: type, rows: int) -> None:
+    if array.dtype != dtype or len(array) != rows:
+        raise UserError(f"{url}: holds {len(array)} {array.dtype} rows where {rows} {np.dtype(dtype)} ones belong")

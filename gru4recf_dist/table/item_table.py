@@ -1,0 +1,174 @@
+"""The sharded item table: every rank holds a contiguous share of the rows and nothing else of the table's size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from gru4recf_dist.config import TableConfig
+from gru4recf_dist.parallel import collectives
+from gru4recf_dist.parallel.ranks import Ranks
+from gru4recf_dist.table.partition import Routing, RowPartition
+from gru4recf_dist.table.row_optimizers import make_row_optimizer
+
+# Rows are initialised in blocks of this many, each from its own generator. Part of what a seed means.
+_INIT_BLOCK_ROWS = 1024
+
+
+def initial_rows(seed: int, rows: range, dim: int, std: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normal(0, std) rows [len(rows), dim] that depend on (seed, global row) only, not on who asks for them."""
+    result = torch.empty(len(rows), dim, dtype=dtype)
+    for block in range(rows.start // _INIT_BLOCK_ROWS, -(-rows.stop // _INIT_BLOCK_ROWS)):
+        first = block * _INIT_BLOCK_ROWS
+        values = np.random.default_rng((seed, block)).standard_normal((_INIT_BLOCK_ROWS, dim), dtype=np.float32)
+        start, stop = max(first, rows.start), min(first + _INIT_BLOCK_ROWS, rows.stop)
+        part = torch.from_numpy(values[start - first : stop - first] * np.float32(std))
+        result[start - rows.start : stop - rows.start] = part
+    return result
+
+
+def xavier_normal_std(rows: int, dim: int) -> float:
+    """Standard deviation of `xavier_normal_` for a [rows, dim] matrix (Glorot & Bengio, AISTATS 2010)."""
+    return (2.0 / (rows + dim)) ** 0.5
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A step's routing after the ids have travelled.
+
+    Attributes:
+        routing: what this rank asked for.
+        send, receive: ids that go to, and come from, each rank.
+        local: int64 [sum(receive)], on the table's device: this rank's rows that were asked for, in rank order.
+    """
+
+    routing: Routing
+    send: list[int]
+    receive: list[int]
+    local: torch.Tensor
+
+
+class ShardedItemTable:
+    """``[rows, dim]`` over the ranks, with differentiable access and sparse updates.
+
+    The rows that a step reads are leaves of its graph: after ``backward`` the owners hold the gradients of their rows,
+    summed over the ranks, and `apply_gradients` updates just those rows.
+
+    Args:
+        rows: N+1, padding row 0 included.
+        seed: decides the initial rows, together with their global numbers.
+        std: standard deviation of the initial rows; default: Xavier for the whole table.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        dim: int,
+        ranks: Ranks,
+        config: TableConfig,
+        seed: int,
+        std: float | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.rows, self.dim, self.ranks, self.config = rows, dim, ranks, config
+        self.partition = RowPartition(rows, ranks.world)
+        self.own = self.partition.range_of(ranks.rank)
+        std = xavier_normal_std(rows, dim) if std is None else std
+        self.weight = initial_rows(seed, self.own, dim, std, dtype).to(ranks.device)
+        self.optimizer = make_row_optimizer(self.weight, config)
+        self._touched: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def exchange(self, routing: Routing) -> Exchange:
+        """Send the distinct ids to their owners. Counts travel on the CPU, so that no device is waited for."""
+        receive = collectives.exchange_counts(routing.send, self.ranks.host)
+        send = routing.send.tolist()
+        ids = torch.from_numpy(routing.ids).to(self.weight.device)
+        asked = collectives.all_to_all(ids, receive, send, self.ranks.table)
+        return Exchange(routing, send, receive, asked - self.own.start)
+
+    def lookup(self, exchange: Exchange) -> torch.Tensor:
+        """Rows of the routing's distinct ids, [U, D]; differentiable if gradients are enabled."""
+        owned = self._leaf(exchange.local)
+        return collectives.differentiable_all_to_all(owned, exchange.send, exchange.receive, self.ranks.table)
+
+    def gather(self, ids: np.ndarray) -> torch.Tensor:
+        """Rows of the same distinct, ascending ``ids`` on every rank, [U, D]; differentiable if gradients are enabled.
+
+        No id travels: every rank contributes the rows it owns, and their order is that of the ranks.
+        """
+        counts = self.partition.split(ids)
+        start = int(counts[: self.ranks.rank].sum())
+        mine = ids[start : start + int(counts[self.ranks.rank])]
+        owned = self._leaf(torch.from_numpy(mine - self.own.start).to(self.weight.device))
+        return collectives.differentiable_all_gather_rows(owned, counts.tolist(), self.ranks.table)
+
+    def candidates(self) -> torch.Tensor:
+        """This rank's item rows (padding row left out) as one leaf, [own items, D], for losses over every item."""
+        first = 1 if self.own.start == 0 and len(self.own) else 0
+        return self._leaf(torch.arange(first, len(self.own), device=self.weight.device))
+
+    def tiles(self, tile_rows: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """This rank's item rows, ``tile_rows`` at a time: (global id of the first, [n, D] view)."""
+        for start in range(max(self.own.start, 1), self.own.stop, tile_rows):
+            stop = min(start + tile_rows, self.own.stop)
+            yield start, self.weight[start - self.own.start : stop - self.own.start]
+
+    def _leaf(self, local: torch.Tensor) -> torch.Tensor:
+        rows = self.weight[local]
+        if torch.is_grad_enabled():
+            rows.requires_grad_()
+            self._touched.append((local, rows))
+        return rows
+
+    # -- updating ----------------------------------------------------------------------------------------------------
+
+    def apply_gradients(self, lr: float) -> torch.Tensor:
+        """Update the rows read since the last call with the mean over the ranks of their gradients.
+
+        Every rank's loss is scaled by W (see `trainer`), so the exchanged sums are divided by W here.
+
+        Returns:
+            the squared norm of this rank's share of the gradient, before clipping.
+        """
+        rows, gradient = self._coalesced()
+        squared = gradient.square().sum()
+        if self.config.clip is not None:
+            norm = collectives.sum_over_ranks(squared.clone(), self.ranks.table).sqrt()
+            gradient = gradient * (self.config.clip / norm.clamp(min=self.config.clip))
+        self.optimizer.step(rows, gradient, lr)
+        return squared
+
+    def drop_gradients(self) -> None:
+        """Forget what was read, as after a step that is not to count."""
+        self._touched.clear()
+
+    def _coalesced(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Distinct local rows, int64 [U], and their gradients [U, D]."""
+        touched = [(local, rows.grad) for local, rows in self._touched if rows.grad is not None]
+        self._touched.clear()
+        if not touched:
+            return self.weight.new_empty(0, dtype=torch.int64), self.weight.new_empty(0, self.dim)
+        rows, places = torch.unique(torch.cat([local for local, _ in touched]), return_inverse=True)
+        gradient = self.weight.new_zeros(len(rows), self.dim)
+        gradient.index_add_(0, places, torch.cat([grad for _, grad in touched]))
+        return rows, gradient.div_(self.ranks.world)
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, DTensor]:
+        """The rows and their optimizer state as DTensors that share memory with the table: loading fills it."""
+        mesh = DeviceMesh.from_group(self.ranks.dense, self.ranks.device.type)
+        tensors = {"weight": self.weight, **self.optimizer.state}
+        return {name: self._as_dtensor(tensor, mesh) for name, tensor in tensors.items()}
+
+    def _as_dtensor(self, local: torch.Tensor, mesh: DeviceMesh) -> DTensor:
+        shape = torch.Size([self.rows, *local.shape[1:]])
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)

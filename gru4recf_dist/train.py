@@ -1,0 +1,80 @@
+"""The training program: `torchrun train.py [--check] [--config FILE] [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from gru4recf_dist import config as configuration
+from gru4recf_dist import recommender
+from gru4recf_dist.checkpoint import complete_steps
+from gru4recf_dist.config import Config
+from gru4recf_dist.data import assignment, storage
+from gru4recf_dist.data.shard_format import MANIFEST, read_manifest
+from gru4recf_dist.errors import UserError, exits_cleanly, report_from_every_rank
+from gru4recf_dist.parallel import ranks as process_ranks
+from gru4recf_dist.trainer import Trainer, check_run_folder
+
+# sysexits.h's EX_TEMPFAIL: stopped by a signal, to be started again.
+EXIT_STOPPED = 75
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None, default_config: Path | None = None) -> int:
+    """Train, or only check with ``--check``.
+
+    Args:
+        argv: the command line; default: this process's.
+        default_config: the recipe that is used without ``--config``.
+    """
+    arguments = _parse(argv)
+    path = arguments.config or (str(default_config) if default_config else None)
+    config = configuration.load(path, arguments.overrides)
+    if not storage.exists(storage.join(config.data, MANIFEST)):
+        hint = "; `make quickstart` fetches and prepares one" if not arguments.config else ""
+        raise UserError(f"data: no prepared data set at {config.data}{hint}")
+    if arguments.check:
+        print(check(config))
+        return 0
+    ranks = process_ranks.start(config.device, config.timeout_seconds)
+    report_from_every_rank()
+    try:
+        result = Trainer(config, ranks).train()
+    finally:
+        process_ranks.stop()
+    return EXIT_STOPPED if result is None else 0
+
+
+def check(config: Config) -> str:
+    """Validate configuration, data set and run folder without starting ranks; returns what to print.
+
+    Raises:
+        UserError: something does not fit.
+    """
+    manifest = read_manifest(config.data)
+    assignment.check_sizes(manifest.streams, config.batch_size, world=1)
+    recommender.feature_specs(config.model, manifest)
+    check_run_folder(config, bool(complete_steps(storage.join(config.run_dir, "checkpoints"))))
+    for split, info in manifest.splits.items():
+        for shard in info.shards:
+            url = storage.join(config.data, shard.url)
+            if not storage.exists(url):
+                raise UserError(f"{url}: the manifest lists this {split} shard, and it is not there")
+    train = manifest.splits["train"]
+    return (
+        f"ok: {manifest.name}, {manifest.items} items, {train.sessions} training sessions in {manifest.streams} "
+        f"streams (at most {manifest.streams} ranks), run folder {config.run_dir}"
+    )
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
+    parser.add_argument("--config", help="a recipe, such as configs/beauty.yaml (path or URL)")
+    parser.add_argument("--check", action="store_true", help="validate everything, start nothing; exit 0 or 2")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,330 @@
+"""The training loop: one for every engine, device and number of ranks."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from gru4recf_dist import recommender, typed_yaml
+from gru4recf_dist.checkpoint import Checkpoints, best_step, complete_steps
+from gru4recf_dist.config import Config
+from gru4recf_dist.data import storage
+from gru4recf_dist.data.batches import PackedBatch, pack_training
+from gru4recf_dist.data.shard_format import read_manifest
+from gru4recf_dist.data.streams import SessionLoader
+from gru4recf_dist.errors import UserError
+from gru4recf_dist.evaluation.baselines import evaluate_baselines
+from gru4recf_dist.evaluation.evaluator import Evaluator, protocol_of
+from gru4recf_dist.monitoring import Monitor
+from gru4recf_dist.objective import Objective
+from gru4recf_dist.parallel import collectives
+from gru4recf_dist.parallel.engines import make_engine
+from gru4recf_dist.parallel.ranks import Ranks
+from gru4recf_dist.schedule import factor
+from gru4recf_dist.table.negatives import NegativeSampler, read_popularity
+from gru4recf_dist.table.partition import route
+
+
+@dataclass
+class Progress:
+    """Where training is, besides the loader's position; JSON types only.
+
+    Attributes:
+        step: updates made.
+        best, evaluations_since_best: early stopping's memory.
+        trained_events, trained_seconds: over all ranks, for the throughput of the whole run.
+    """
+
+    step: int = 0
+    best: float = -math.inf
+    evaluations_since_best: int = 0
+    trained_events: int = 0
+    trained_seconds: float = 0.0
+
+
+@dataclass
+class _Window:
+    """Sums over the steps since the last log line."""
+
+    loss: float = 0.0
+    targets: float = 0.0
+    events: float = 0.0
+    wait_seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """A step's sums over all ranks."""
+
+    loss: float
+    targets: float
+    events: float
+    stop: bool
+
+
+class Trainer:
+    """Builds every part of a run from its configuration, resumes it, and trains it to its end.
+
+    Raises:
+        UserError: configuration, data set and run folder do not fit together.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.manifest = read_manifest(config.data)
+        self.popularity = read_popularity(config.data, self.manifest)
+        self.loader = SessionLoader(
+            config.data, self.manifest, config.loader, config.batch_size, config.seed, ranks.rank, ranks.world
+        )
+        self.model = recommender.build(config, self.manifest, ranks)
+        self.table = self.model.table
+        self.engine = make_engine(self.model.encoder, config, ranks)
+        sampler = None
+        if config.loss.name == "sampled_softmax":
+            sampler = NegativeSampler(self.popularity, config.loss, config.seed)
+        self.objective = Objective(config, self.table, sampler)
+        self.evaluator = Evaluator(config, self.manifest, self.popularity, ranks)
+        self.checkpoints = Checkpoints(config.run_dir, ranks, config.checkpoint.keep_last)
+        self.progress = Progress()
+        self.total_steps = total_steps(config, self.loader.steps_per_epoch)
+        self._stop_requested = False
+        self._resume()
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def train(self) -> dict | None:
+        """Train, evaluate the best checkpoint and write `result.json`.
+
+        Returns:
+            what is in `result.json`; None if a signal stopped the run, which then can be resumed.
+        """
+        config, progress = self.config, self.progress
+        if self.ranks.is_first:
+            storage.write_bytes(storage.join(config.run_dir, "config.yaml"), typed_yaml.dump(config).encode())
+        self.monitor = Monitor(config.monitoring, config.run_dir, self.ranks.is_first, progress.step, self.total_steps)
+        self._catch_signals()
+        finished = progress.step >= self.total_steps or self._out_of_patience()
+        self._window = _Window()
+        while not finished:
+            batches = iter(self.loader)
+            steps = self.loader.steps_left
+            for left in range(steps - 1, -1, -1):
+                before = time.perf_counter()
+                batch = pack_training(next(batches), config.loader.max_length, config.loader.context)
+                self._window.wait_seconds += time.perf_counter() - before
+                totals = self._step(batch)
+                finished = progress.step >= self.total_steps
+                self._log(totals, last=finished)
+                is_best = self._evaluate_if_due(epoch_ended=left == 0, last=finished)
+                finished = finished or self._out_of_patience()
+                if is_best or totals.stop or finished or self._checkpoint_is_due(epoch_ended=left == 0):
+                    self._save(is_best)
+                if totals.stop and not finished:
+                    self.monitor.say(f"stopped by a signal after step {progress.step}; the run can be resumed")
+                    self.monitor.close()
+                    return None
+                if finished:
+                    break
+        return self._finish()
+
+    def _step(self, batch: PackedBatch) -> _Totals:
+        """One update of encoder and table with a global batch, of which this is the rank's part."""
+        self.progress.step += 1
+        step = self.progress.step
+        started = time.perf_counter()
+        # Dropout depends on (seed, step, rank) alone: there is no generator state to save.
+        torch.manual_seed(hash((self.config.seed, step, self.ranks.rank)) & 0x7FFFFFFFFFFFFFFF)
+
+        routing = route(self.table.partition, batch.items, batch.targets)
+        item_places, target_places = (places.to(self.ranks.device) for places in routing.inverse)
+        exchange = self.table.exchange(routing)
+        features = self.model.features.lookup(exchange)
+        rows = self.table.lookup(exchange)
+        queries = self.engine(rows, features, item_places, batch.batch_sizes)
+        local_loss = self.objective(queries, rows[target_places], batch, step)
+
+        totals = self._reduce(local_loss, batch)
+        # The engine's mean over ranks and the table's division by W both undo the factor W.
+        self.engine.backward(local_loss * (self.ranks.world / max(totals.targets, 1.0)))
+        scale = factor(self.config.schedule, step - 1, self.total_steps)
+        self._gradient_norm = self.engine.step(self.config.optimizer.lr * scale)
+        self._table_squared_norm = self.table.apply_gradients(self.config.table.lr * scale)
+        self._learning_rate = self.config.optimizer.lr * scale
+        self.progress.trained_events += int(totals.events)
+        self.progress.trained_seconds += time.perf_counter() - started
+        return totals
+
+    def _reduce(self, local_loss: torch.Tensor, batch: PackedBatch) -> _Totals:
+        """The step's one exchange of counts and flags; it comes before the update, so a bad loss stops every rank."""
+        sums = torch.tensor(
+            [float(local_loss.detach()), batch.targets_count, batch.events, self._stop_requested], dtype=torch.float64
+        )
+        loss, targets, events, stop = collectives.sum_over_ranks(sums, self.ranks.host).tolist()
+        if not math.isfinite(loss):
+            raise UserError(
+                f"step {self.progress.step}: the loss is {loss}; nothing was updated. "
+                "Try lower optimizer.lr and table.lr, or optimizer.clip"
+            )
+        return _Totals(loss, targets, events, stop > 0)
+
+    # -- logging, evaluation, checkpoints ----------------------------------------------------------------------------
+
+    def _log(self, totals: _Totals, last: bool) -> None:
+        window, step = self._window, self.progress.step
+        window.loss += totals.loss
+        window.targets += totals.targets
+        window.events += totals.events
+        if step % self.config.monitoring.log_every_steps and step != 1 and not last:
+            self.monitor.advance()
+            return
+        seconds = time.perf_counter() - window.started
+        table_norm = collectives.sum_over_ranks(self._table_squared_norm.clone(), self.ranks.table).sqrt()
+        values = {
+            "train/loss": window.loss / max(window.targets, 1.0),
+            "train/lr": self._learning_rate,
+            "train/gradient_norm": float(self._gradient_norm),
+            "train/epoch": step / self.loader.steps_per_epoch,
+            "table/gradient_norm": float(table_norm),
+            "perf/events_per_second": window.events / seconds,
+            "data/wait_share": window.wait_seconds / seconds,
+        }
+        self.monitor.scalars(step, values)
+        self.monitor.advance(loss=values["train/loss"], events_per_s=values["perf/events_per_second"])
+        self._window = _Window()
+
+    def _evaluate_if_due(self, epoch_ended: bool, last: bool) -> bool:
+        """Evaluate on the validation split if it is time to; whether that is the best so far."""
+        settings, progress = self.config.evaluation, self.progress
+        by_steps = settings.every_steps is not None and progress.step % settings.every_steps == 0
+        epochs = -(-progress.step // self.loader.steps_per_epoch)
+        by_epochs = epoch_ended and settings.every_epochs is not None and epochs % settings.every_epochs == 0
+        if not (by_steps or by_epochs or last) or not self.manifest.splits["valid"].sessions:
+            return False
+        started = time.perf_counter()
+        metrics = self.evaluator.evaluate(self.model, "valid")
+        values = {f"eval/{name}/{key}": value for name, part in metrics.items() for key, value in part.items()}
+        self.monitor.scalars(progress.step, {**values, "eval/seconds": time.perf_counter() - started})
+        name = self.config.early_stopping.metric
+        value = metrics["valid"][name]
+        is_best = value > progress.best
+        progress.best = max(progress.best, value)
+        progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
+        shown = (
+            f"step {progress.step}, epoch {progress.step / self.loader.steps_per_epoch:.4g}: valid {name} {value:.4f}"
+        )
+        self.monitor.say(shown + (" (best so far)" if is_best else ""))
+        # Time spent here is not the loop's.
+        self._window.started += time.perf_counter() - started
+        return is_best
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.early_stopping.patience
+        return patience is not None and self.progress.evaluations_since_best >= patience
+
+    def _checkpoint_is_due(self, epoch_ended: bool) -> bool:
+        settings, step = self.config.checkpoint, self.progress.step
+        if settings.every_steps is not None and step % settings.every_steps == 0:
+            return True
+        epochs = step // self.loader.steps_per_epoch
+        return epoch_ended and settings.every_epochs is not None and epochs % settings.every_epochs == 0
+
+    def _save(self, is_best: bool) -> None:
+        started = time.perf_counter()
+        state = {"progress": vars(self.progress), "loader": self.loader.state_dict()}
+        self.checkpoints.save(self.progress.step, self.engine, self.table, state, is_best)
+        seconds = time.perf_counter() - started
+        self.monitor.scalars(self.progress.step, {"checkpoint/seconds": seconds})
+        self._window.started += seconds
+
+    def _resume(self) -> None:
+        """Go on from the newest complete checkpoint of the run folder, if there is one."""
+        steps = complete_steps(self.checkpoints.folder)
+        check_run_folder(self.config, bool(steps))
+        if steps:
+            state = self.checkpoints.load(steps[-1], self.engine, self.model.encoder, self.table)
+            self.progress = Progress(**state["progress"])
+            self.loader.load_state_dict(state["loader"])
+
+    def _finish(self) -> dict:
+        """Evaluate the best checkpoint and write `result.json`."""
+        config, progress = self.config, self.progress
+        best = best_step(self.checkpoints.folder)
+        if best is not None and best != progress.step:
+            self.checkpoints.load(best, None, self.model.encoder, self.table)
+        result: dict = {}
+        for split in ("valid", "test"):
+            if self.manifest.splits[split].sessions:
+                result.update(self.evaluator.evaluate(self.model, split))
+        if self.ranks.is_first and config.evaluation.baselines and self.manifest.splits["test"].sessions:
+            result["baselines"] = evaluate_baselines(
+                config.data,
+                self.manifest,
+                self.popularity,
+                "test",
+                protocol_of(config, self.manifest),
+                config.evaluation.ks,
+            )
+        result.update(
+            steps=progress.step,
+            epochs=progress.step / self.loader.steps_per_epoch,
+            best_step=best,
+            events_per_second=progress.trained_events / max(progress.trained_seconds, 1e-9),
+            world_size=self.ranks.world,
+        )
+        if self.ranks.is_first:
+            storage.write_json(storage.join(config.run_dir, "result.json"), result)
+        named = {f"result/{split}/{key}": value for split in ("valid", "test") for key, value in result[split].items()}
+        self.monitor.finish(config, named)
+        return result
+
+    def _catch_signals(self) -> None:
+        """SIGTERM and SIGUSR1 ask for a stop; the ranks agree on the step in `_reduce`."""
+
+        def request(number, frame) -> None:
+            self._stop_requested = True
+
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, request)
+
+
+def total_steps(config: Config, steps_per_epoch: int) -> int:
+    """Updates of the whole run: the nearer of ``max_epochs`` and ``max_steps``."""
+    by_epochs = math.inf if config.max_epochs is None else config.max_epochs * steps_per_epoch
+    by_steps = math.inf if config.max_steps is None else config.max_steps
+    return int(min(by_epochs, by_steps))
+
+
+def check_run_folder(config: Config, has_checkpoint: bool) -> None:
+    """Whether the run folder can take this run.
+
+    Raises:
+        UserError: it holds checkpoints and ``resume`` is ``never``, or they are of another model or data set.
+    """
+    if not has_checkpoint:
+        return
+    if config.resume == "never":
+        raise UserError(f"run_dir: {config.run_dir} holds checkpoints; choose another folder, or resume=auto")
+    url = storage.join(config.run_dir, "config.yaml")
+    before = typed_yaml.load(Config, url, [])
+    same = {
+        "seed": (before.seed, config.seed),
+        "precision": (before.precision, config.precision),
+        "table.optimizer": (before.table.optimizer, config.table.optimizer),
+        "optimizer.name": (before.optimizer.name, config.optimizer.name),
+        **{
+            f"model.{name}": (value, getattr(config.model, name))
+            for name, value in before.model
+            if not name.startswith("dropout")
+        },
+    }
+    for key, (old, new) in same.items():
+        if old != new:
+            raise UserError(
+                f"{key}: {new!r}, but the checkpoints in {config.run_dir} were made with {old!r}; "
+                "choose another run_dir"
+            )

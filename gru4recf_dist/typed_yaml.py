@@ -1,0 +1,100 @@
+"""YAML files with dotted overrides, merged by OmegaConf and validated by pydantic, with errors a person can act on."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gru4recf_dist.data import storage
+from gru4recf_dist.errors import UserError
+
+
+class Section(BaseModel):
+    """Base of every configuration section: unknown keys are errors, defaults are validated."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def load(schema: type[Settings], path: str | None, overrides: list[str]) -> Settings:
+    """Read ``path`` (any fsspec URL), apply ``key.sub=value`` overrides and validate against ``schema``.
+
+    Raises:
+        UserError: the file is missing or not YAML, an override is malformed, a key is unknown (the closest real
+            key is named), or a value has the wrong type or is out of bounds.
+    """
+    merged = _read(path) if path else OmegaConf.create({})
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key or key.startswith("-"):
+            raise UserError(f"'{override}': an override reads key=value, such as seed=1")
+    try:
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(overrides))
+        content = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path or 'overrides'}: {_first_line(error)}") from error
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(schema, detail) for detail in error.errors()[:3])) from error
+
+
+def dump(settings: BaseModel) -> str:
+    """The resolved settings as YAML, in the order of their declaration."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read(path: str) -> DictConfig:
+    content = storage.read_bytes(path)
+    try:
+        loaded = OmegaConf.create(content.decode())
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({_first_line(error)})") from error
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path}: must hold a mapping of keys to values")
+    return loaded
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n    ")[0].split())
+
+
+def _explain(schema: type[BaseModel], detail: dict[str, Any]) -> str:
+    """One clear sentence for one of pydantic's error records."""
+    # pydantic names the member of a union it tried, as in "list[str]": that is no key of ours.
+    key = ".".join(str(part) for part in detail["loc"] if "[" not in str(part))
+    if detail["type"] == "extra_forbidden":
+        known = list(_keys(schema))
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        return f"unknown key '{key}'; did you mean '{close[0]}'?"
+    if detail["type"] == "missing":
+        return f"{key} must be given"
+    message = detail["msg"].removeprefix("Value error, ")
+    if isinstance(detail["input"], dict):
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message[0].lower()}{message[1:]} (got {detail['input']!r})"
+
+
+def _keys(schema: type[BaseModel], prefix: str = "") -> typing.Iterator[str]:
+    """Every dotted key that ``schema`` knows."""
+    for name, field in schema.model_fields.items():
+        yield prefix + name
+        for inner in _section_types(field.annotation):
+            yield from _keys(inner, f"{prefix}{name}.")
+
+
+def _section_types(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [inner for option in typing.get_args(annotation) for inner in _section_types(option)]
+    return []

@@ -39,7 +39,7 @@ def count_above(
     norms = queries.double().norm(dim=1)
     for first, raw in table.tiles(tile_rows):
         rows = transform_rows(raw.float(), score)
-        margin = norms * (rows.norm(dim=1).max().double() * _relative_error(queries.shape[1]))
+        margin = norms * (rows.norm(dim=1).max().double() * relative_error(queries.shape[1]))
         scores = queries @ rows.T
         sure = torch.count_nonzero(scores > _round_up(target_scores + margin)[:, None], dim=1)
         possible = torch.count_nonzero(scores >= _round_down(target_scores - margin)[:, None], dim=1)
@@ -92,7 +92,7 @@ def _pairs_above(queries, target_scores, query, raw, column, score, ties) -> tor
     return above
 
 
-def _relative_error(dim: int) -> float:
+def relative_error(dim: int) -> float:
     """Bound of |float32 score - exact score| / (|query| |row|) for a product of ``dim`` terms in any order.
 
     gamma_D = D u / (1 - D u) with u = 2^-24 (Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1),

@@ -1,0 +1,92 @@
+"""The k best items of each query over all ranks' rows, in an order that does not depend on how they are divided.
+
+The order is by exact float64 score (`model.scoring.exact_scores`), then by id. Tiles are scored in float32 and a few
+more than k candidates kept; if rounding could have hidden a better one, the search is repeated with more.
+
+Shapes: Q queries, D embedding size, W ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gru4recf_dist.data.shard_format import PADDING_ID
+from gru4recf_dist.evaluation.ranking import relative_error
+from gru4recf_dist.model.scoring import exact_scores, transform_rows
+from gru4recf_dist.parallel import collectives
+from gru4recf_dist.table.item_table import ShardedItemTable
+
+_SPARE = 16
+
+
+def top_k(
+    queries: torch.Tensor,
+    k: int,
+    table: ShardedItemTable,
+    score: str,
+    tile_rows: int,
+    exclude_query: torch.Tensor | None = None,
+    exclude_item: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Best items, the same on every rank.
+
+    Args:
+        queries: float32 [Q, D], the same on every rank.
+        exclude_query, exclude_item: int64 [P], pairs that are no candidates.
+
+    Returns:
+        ids int64 [Q, k] and float64 scores [Q, k]; where there are fewer than k candidates, `PADDING_ID` and -inf.
+    """
+    if exclude_query is None or exclude_item is None:
+        exclude_query = exclude_item = torch.empty(0, dtype=torch.int64, device=queries.device)
+    ids, scores = _local_top_k(queries, k, table, score, tile_rows, exclude_query, exclude_item)
+    group, world = table.ranks.table, table.ranks.world
+    counts = [len(queries)] * world
+    ids = collectives.all_gather_rows(ids, counts, group).view(world, -1, k).permute(1, 0, 2).flatten(1)
+    scores = collectives.all_gather_rows(scores, counts, group).view(world, -1, k).permute(1, 0, 2).flatten(1)
+    return _first_k(ids, scores, k)
+
+
+def _local_top_k(queries, k, table, score, tile_rows, exclude_query, exclude_item):
+    kept = k + _SPARE
+    norms = queries.double().norm(dim=1)
+    while True:
+        ids, approximate, longest = _candidates(queries, kept, table, score, tile_rows, exclude_query, exclude_item)
+        rows = table.weight[(ids - table.own.start).clamp(min=0)].float()
+        query = torch.arange(len(queries), device=queries.device).repeat_interleave(ids.shape[1])
+        exact = exact_scores(queries[query], rows.flatten(0, 1), score).view(ids.shape)
+        exact = exact.masked_fill(ids == PADDING_ID, -torch.inf)
+        ids, scores = _first_k(ids, exact, k)
+        if kept >= len(table.own) or not len(queries):
+            return ids, scores
+        # Whatever was not kept scores at most this much.
+        bound = approximate[:, -1].double() + norms * (longest * relative_error(queries.shape[1]))
+        if bool((bound < scores[:, -1]).all()):
+            return ids, scores
+        kept *= 4
+
+
+def _candidates(queries, kept, table, score, tile_rows, exclude_query, exclude_item):
+    """The ``kept`` best of this rank by float32 scores: ids [Q, kept], scores [Q, kept], and the longest row's norm."""
+    best = queries.new_full((len(queries), kept), -torch.inf)
+    best_ids = torch.full((len(queries), kept), PADDING_ID, dtype=torch.int64, device=queries.device)
+    longest = 0.0
+    for first, raw in table.tiles(tile_rows):
+        rows = transform_rows(raw.float(), score)
+        longest = max(longest, float(rows.norm(dim=1).max()))
+        scores = queries @ rows.T
+        here = (exclude_item >= first) & (exclude_item < first + len(rows))
+        scores[exclude_query[here], exclude_item[here] - first] = -torch.inf
+        values, columns = scores.topk(min(kept, len(rows)), dim=1)
+        ids = torch.where(values > -torch.inf, columns + first, PADDING_ID)
+        best, places = torch.cat([best, values], dim=1).topk(kept, dim=1)
+        best_ids = torch.cat([best_ids, ids], dim=1).gather(1, places)
+    return best_ids, best, longest
+
+
+def _first_k(ids: torch.Tensor, scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k first of each row by falling score, then by rising id; missing ones at the end."""
+    by_id = torch.argsort(ids, dim=1, stable=True)
+    ids, scores = ids.gather(1, by_id), scores.gather(1, by_id)
+    order = torch.argsort(scores, dim=1, descending=True, stable=True)[:, :k]
+    return ids.gather(1, order), scores.gather(1, order)

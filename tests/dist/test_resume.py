@@ -1,0 +1,154 @@
+"""A run that was stopped and resumed against one that was not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from gru4recf_dist.checkpoint import complete_steps
+from gru4recf_dist.config import Config
+from gru4recf_dist.errors import UserError
+from gru4recf_dist.parallel.ranks import Ranks
+from gru4recf_dist.trainer import Trainer
+from tests.dist.test_world_size_equality import relative_error
+from tests.support.ranks import RankFailed, run_ranks
+from tests.support.synthetic import random_sessions, write_dataset
+from tests.support.training import final_state, small_config, train, whole
+
+pytestmark = pytest.mark.dist
+
+# 41 sessions, 16 a step: 3 steps an epoch. Stopping after 7 is in mid-epoch.
+OPTIONS = (
+    "model.dropout=0.4",
+    "model.dropout_hidden=0.2",
+    "optimizer.clip=0.5",
+    "checkpoint.every_epochs=null",
+    "checkpoint.every_steps=7",
+)
+STEPS = ("max_steps=13", "schedule.name=cosine", "schedule.warmup_steps=4")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(str(folder), random_sessions(0, 41, items=30), random_sessions(1, 9, 30), random_sessions(2, 9, 30))
+    return folder
+
+
+class _Killed(Exception):
+    pass
+
+
+def train_until(ranks: Ranks, config: Config, last_step: int) -> None:
+    """Train and die without a word after ``last_step``, whatever has been written by then."""
+    trainer = Trainer(config, ranks)
+    step = trainer._step
+
+    def step_or_die(batch):
+        if trainer.progress.step == last_step:
+            raise _Killed
+        return step(batch)
+
+    trainer._step = step_or_die
+    with pytest.raises(_Killed):
+        trainer.train()
+
+
+def resume(ranks: Ranks, config: Config) -> tuple[int, dict[str, torch.Tensor]]:
+    trainer = Trainer(config, ranks)
+    first = trainer.progress.step
+    trainer.train()
+    return first, final_state(trainer)
+
+
+@pytest.mark.parametrize(
+    ("world", "extra"),
+    [
+        (1, ()),
+        (2, ("table.optimizer=rowwise_adagrad",)),
+        (4, ()),
+        (2, ("engine.name=deepspeed",)),
+    ],
+    ids=["1-rank", "2-ranks", "4-ranks", "2-ranks-deepspeed"],
+)
+def test_a_resumed_run_ends_bit_equal_to_an_unbroken_one(tmp_path, data, world, extra):
+    unbroken = run_ranks(world, train, tmp_path, small_config(data, tmp_path / "unbroken", *OPTIONS, *STEPS, *extra))
+    broken = small_config(data, tmp_path / "broken", *OPTIONS, *STEPS, *extra)
+    # Steps 8 and 9 are made, logged, and lost.
+    run_ranks(world, train_until, tmp_path, broken, 9)
+    resumed = run_ranks(world, resume, tmp_path, broken)
+
+    assert [first for first, _ in resumed] == [7] * world
+    expected, state = whole(unbroken), whole([state for _, state in resumed])
+    assert expected.keys() == state.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor), name
+    logged = [json.loads(line) for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged if "train/loss" in line] == list(range(1, 14))
+
+
+def test_a_checkpoint_resumes_at_other_world_sizes_and_under_another_engine(tmp_path, data):
+    settings = (*OPTIONS, *STEPS, "model.dropout=0")
+    unbroken = whole(run_ranks(1, train, tmp_path, small_config(data, tmp_path / "unbroken", *settings)))
+    run_ranks(2, train_until, tmp_path, small_config(data, tmp_path / "saved", *settings), 9)
+    for world, extra in ((1, ()), (3, ()), (2, ("engine.name=deepspeed",))):
+        folder = tmp_path / f"resumed-{world}-{len(extra)}"
+        (folder / "checkpoints").mkdir(parents=True)
+        for name in ("config.yaml", "checkpoints/step-00000007"):
+            _copy(tmp_path / "saved" / name, folder / name)
+        results = run_ranks(world, resume, tmp_path, small_config(data, folder, *settings, *extra))
+        assert [first for first, _ in results] == [7] * world
+        for name, tensor in whole([state for _, state in results]).items():
+            assert relative_error(tensor, unbroken[name]) < 1e-5, name
+
+
+def _copy(source, target) -> None:
+    import shutil
+
+    shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+
+
+def test_incomplete_checkpoints_are_passed_over_and_old_ones_removed(tmp_path, data):
+    config = small_config(
+        data, tmp_path / "run", "checkpoint.every_epochs=null", "checkpoint.every_steps=2", "max_steps=9"
+    )
+    run_ranks(1, train_until, tmp_path, config, 7)
+    folder = tmp_path / "run" / "checkpoints"
+    assert complete_steps(str(folder)) == [4, 6]
+    (folder / "step-00000006" / "commit.json").unlink()
+    ((first, _),) = run_ranks(1, resume, tmp_path, config)
+    assert first == 4
+    assert not (folder / "step-00000006" / "commit.json").exists() or complete_steps(str(folder))[-1] == 9
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.hidden_size=9", "model.hidden_size: 9, but the checkpoints"),
+        ("table.optimizer=sgd", "table.optimizer: 'sgd'"),
+        ("resume=never", "run_dir"),
+    ],
+)
+def test_a_run_folder_of_another_run_is_refused(tmp_path, data, override, says):
+    run_ranks(1, train, tmp_path, small_config(data, tmp_path / "run", "max_steps=2"))
+    with pytest.raises(RankFailed, match=says):
+        run_ranks(1, resume, tmp_path, small_config(data, tmp_path / "run", "max_steps=4", override))
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank_before_the_update(tmp_path, data):
+    config = small_config(data, tmp_path / "run", "optimizer.name=sgd", "optimizer.lr=1e30", "table.lr=1e30")
+    for name in run_ranks(2, _diverge, tmp_path, config):
+        assert name == "UserError"
+
+
+def _diverge(ranks: Ranks, config: Config) -> str:
+    trainer = Trainer(config, ranks)
+    try:
+        trainer.train()
+    except UserError as error:
+        assert "nothing was updated" in str(error)
+        assert torch.isfinite(trainer.table.weight).all()
+        return "UserError"
+    return "trained on"

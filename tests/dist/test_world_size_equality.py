@@ -1,0 +1,75 @@
+"""W ranks with global batch B make the updates of one rank with batch B (no dropout)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.support.ranks import run_ranks
+from tests.support.synthetic import random_sessions, write_dataset
+from tests.support.training import small_config, train, whole
+
+pytestmark = pytest.mark.dist
+
+SGD = ("optimizer.name=sgd", "optimizer.lr=0.3", "table.optimizer=sgd", "table.lr=0.3")
+ADAM = ("optimizer.name=adam", "optimizer.lr=0.01", "table.optimizer=lazy_adam", "table.lr=0.01", "optimizer.clip=0.5")
+ADAGRAD = ("optimizer.name=adamw", "table.optimizer=rowwise_adagrad", "table.lr=0.05", "table.clip=0.05")
+SAMPLED = ("loss.name=sampled_softmax",)
+CLASSIC = ("loss.name=sampled_softmax", "loss.logq=classic", "model.score=cosine", "model.learn_temperature=true")
+FULL = ("loss.name=full_softmax",)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """47 sessions in 8 streams: the last batch of an epoch leaves some ranks empty-handed. Most exceed a window."""
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(str(folder), random_sessions(0, 41, items=30), random_sessions(1, 9, 30), random_sessions(2, 9, 30))
+    return folder
+
+
+def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((ours - reference).norm() / reference.norm().clamp(min=1e-12))
+
+
+def run(world: int, tmp_path, data, name: str, *overrides: str) -> tuple[dict, list[float]]:
+    folder = tmp_path / f"{name}-{world}"
+    states = run_ranks(world, train, tmp_path, small_config(data, folder, *overrides))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return whole(states), [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "loss"),
+    [(SGD, SAMPLED), (SGD, FULL), (ADAM, SAMPLED), (ADAM, FULL), (ADAGRAD, CLASSIC)],
+    ids=["sgd-sampled", "sgd-full", "adam-sampled", "adam-full", "adagrad-classic-cosine"],
+)
+def test_float64_updates_are_equal_at_1_2_and_4_ranks(tmp_path, data, optimizers, loss):
+    reference, reference_losses = run(1, tmp_path, data, "run", *optimizers, *loss, "precision=fp64")
+    assert len(reference_losses) == 20
+    assert reference_losses[-1] < reference_losses[0]
+    for world in (2, 4):
+        state, losses = run(world, tmp_path, data, "run", *optimizers, *loss, "precision=fp64")
+        assert losses == pytest.approx(reference_losses, rel=1e-10)
+        for name, tensor in reference.items():
+            assert relative_error(state[name], tensor) < 1e-10, name
+
+
+@pytest.mark.parametrize("optimizers", [SGD, ADAM], ids=["sgd", "adam"])
+def test_float32_updates_are_equal_within_rounding(tmp_path, data, optimizers):
+    reference, _ = run(1, tmp_path, data, "run", *optimizers)
+    for world in (3, 8):
+        state, _ = run(world, tmp_path, data, "run", *optimizers)
+        for name in (name for name in reference if not name.startswith("optimizer.")):
+            assert relative_error(state[name], reference[name]) < 1e-5, name
+
+
+def test_zero_stages_of_deepspeed_give_ddps_updates(tmp_path, data):
+    reference, losses = run(1, tmp_path, data, "ddp", *ADAM)
+    for stage in (1, 2):
+        engine = ("engine.name=deepspeed", f"engine.deepspeed.zero_optimization.stage={stage}")
+        state, deepspeed_losses = run(2, tmp_path, data, f"stage{stage}", *ADAM, *engine)
+        assert deepspeed_losses == pytest.approx(losses, rel=1e-5)
+        for name, tensor in reference.items():
+            assert relative_error(state[name], tensor) < 1e-5, name

@@ -1,0 +1,1 @@
+"""Raw event files -> session shards, item features and a manifest. Runs without torch."""

@@ -1,0 +1,265 @@
+"""The preparation from raw files to a data set: every step in its order, each counted."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import ibis.expr.types as ir
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from data_prep import output, splits, steps, vocabulary, writer
+from data_prep.bad_rows import QUARANTINE, BadRows, write_record
+from data_prep.engine import Engine, open_engine
+from data_prep.features import ItemFeatures, write_parquet
+from data_prep.recipe import Recipe
+from data_prep.report import Report
+from data_prep.sources import VALID, EventFile, event_files, raw_events, staged_schema
+from gru4recf_dist.data import storage
+from gru4recf_dist.data.shard_format import POPULARITY, SPLITS, TOKENS, Manifest, SplitInfo, write_manifest
+from gru4recf_dist.errors import UserError
+
+# The first event of a session is history only.
+SHORTEST_WITH_TARGET = 2
+
+
+def prepare(recipe: Recipe) -> Report:
+    """Run a recipe; the data set is at ``recipe.output`` when this returns.
+
+    Raises:
+        UserError: a file or column is missing, or a step leaves nothing over. The output is then as it was before
+            (object storage: unless the error came while writing).
+    """
+    output.check_replaceable(recipe.output)
+    files = event_files(recipe)
+    features = ItemFeatures(recipe)
+    with open_engine(recipe.engine, recipe.threads, recipe.memory_limit_gib, recipe.temporary_folder) as engine:
+        return _Preparation(recipe, engine, files, features).run()
+
+
+class _Preparation:
+    """The state that the steps share."""
+
+    def __init__(self, recipe: Recipe, engine: Engine, files: list[EventFile], features: ItemFeatures) -> None:
+        self.recipe = recipe
+        self.engine = engine
+        self.files = files
+        self.features = features
+        self.report = Report()
+        self.bad_rows = BadRows()
+        self.bad = 0
+        self.bad_table: ir.Table | None = None
+        self.one_target = recipe.split.method == "leave_one_out"
+
+    def run(self) -> Report:
+        good = self._good(self._read())
+        events, sessions, items = self._sessionize(good)
+        parts, dropped = self._split(self._filter(events))
+        catalog = self.engine.keep("catalog", vocabulary.catalog(parts, items, self.recipe.seed))
+        self._count_splits(parts, dropped, catalog)
+        streams = self._streams()
+        numbers = {
+            name: self.engine.keep(f"numbers_{name}", vocabulary.session_numbers(part, sessions, self.recipe.seed))
+            for name, part in parts.items()
+        }
+        with output.replacing(self.recipe.output) as data:
+            self._write_quarantine(data)
+            count = self._write_items(catalog, data)
+            written, rows = self.features.write(self.engine, catalog, count, data)
+            for row in rows:
+                self.report.add_feature(row)
+            infos = {}
+            for name in SPLITS:
+                dealt = streams if name == "train" else 1
+                table = vocabulary.numbered_events(parts[name], numbers[name], catalog, dealt)
+                infos[name] = self._write_split(name, table, data)
+            manifest = Manifest(
+                name=self.recipe.name,
+                seed=self.recipe.seed,
+                items=count,
+                streams=streams,
+                protocol="leave_one_out" if self.one_target else "every_position",
+                splits=infos,
+                features=written,
+                report=self.report.rows,
+                recipe=self.recipe.model_dump(mode="json"),
+            )
+            write_manifest(data, manifest)
+        return self.report
+
+    def _read(self) -> ir.Table:
+        """Stage the raw rows and judge each."""
+        rows = raw_events(self.recipe, self.files, self.bad_rows)
+        first = next(rows, None)
+        if first is None:
+            bad = next(iter(self.bad_rows), None)
+            reason = f" (line {bad['line']}: {bad['reason']})" if bad else ""
+            raise UserError(f"{self.files[0].url}: no events in the input{reason}")
+        schema = staged_schema(first.schema.field("time").type)
+        raw = self.engine.stage("raw", schema, itertools.chain([first], rows))
+        return steps.judged(raw, self.recipe.input.time_format)
+
+    def _good(self, judged: ir.Table) -> ir.Table:
+        columns = judged.agg(rows=judged.count(), bad=judged.reason.count())
+        counts = self.engine.row(columns)
+        unread = len(self.bad_rows)
+        self.bad = counts["bad"] + unread
+        plural = "s" if len(self.files) > 1 else ""
+        self.report.add("read", {"events": counts["rows"] + unread}, note=f"{len(self.files)} file{plural}")
+        note = f"{self.bad} rows quarantined" if self.bad else ""
+        # Where nothing is bad the engine need not judge every row again in each of the next steps.
+        good = judged
+        if counts["bad"]:
+            good = judged.filter(judged.reason.isnull())
+            # Kept apart, so that the raw rows can go long before the end.
+            self.bad_table = self.engine.keep("bad", judged.filter(judged.reason.notnull()))
+        if counts["bad"] == counts["rows"]:
+            first = next(self._quarantined())
+            note = f"{first['file']}: line {first['line']}: {first['reason']}"
+        self.report.add("drop bad rows", {"events": counts["rows"] - counts["bad"]}, note=note)
+        if self.recipe.deduplicate:
+            good = self.engine.keep("deduplicated", steps.deduplicated(good))
+            self.report.add("deduplicate", {"events": self._count(good)})
+        return good
+
+    def _sessionize(self, good: ir.Table) -> tuple[ir.Table, ir.Table, ir.Table]:
+        """Events in codes; the sessions' codes and keys; the items' codes and tokens."""
+        sessions = self.engine.keep("session_codes", steps.codes(good, "session", "part"))
+        items = self.engine.keep("item_codes", steps.codes(good, "item"))
+        events = self.engine.keep("events", steps.coded(good, sessions, items))
+        for name in ("raw", "deduplicated"):
+            self.engine.drop(name)
+        gap = self.recipe.session_gap
+        counts = {name: self._count(table) for name, table in (("sessions", sessions), ("events", events))}
+        self.report.add("users" if gap else "sessions", {**counts, "items": self._count(items)})
+        if gap is None:
+            return events, sessions.mutate(key=sessions.session), items
+        if self.recipe.input.time_format == "datetime":
+            gap *= steps.MICROSECONDS
+        numbered = self.engine.keep("numbered", steps.cut_by_gap(events, gap))
+        cut = self.engine.keep("gap_sessions", steps.gap_sessions(numbered, sessions))
+        self.engine.drop("events")
+        events = self.engine.keep("events", steps.with_gap_sessions(numbered, cut))
+        self.engine.drop("numbered")
+        self._add("sessionize", events)
+        return events, cut.select("code", "key"), items
+
+    def _filter(self, events: ir.Table) -> ir.Table:
+        """Drop short sessions and rare items; the events left, each with its place in its session."""
+        shortest, support = self.recipe.min_session_length, self.recipe.min_item_support
+        note = f"of fewer than {shortest} events"
+        if support == 1:
+            placed = self.engine.keep("placed", steps.placed(events))
+            self.engine.drop("events")
+            long_enough = placed.filter(placed.length >= shortest)
+            self._add("drop short sessions", long_enough, note=note)
+            return long_enough
+        events = self.engine.keep("long_enough", steps.without_short(events, shortest))
+        self.engine.drop("events")
+        self._add("drop short sessions", events, note=note)
+        events, rounds = steps.k_core(self.engine, events, support, shortest)
+        self._add("k-core filter", events, note=f"items of at least {support} events, {rounds} rounds")
+        return self.engine.keep("placed", steps.placed(events))
+
+    def _split(self, placed: ir.Table) -> tuple[dict[str, ir.Table], dict[str, ir.Table]]:
+        """The stored sessions of train, valid and test; the first events of those left out for lack of a target."""
+        valid_given = any(file.part == VALID for file in self.files)
+        settings, time_format = self.recipe.split, self.recipe.input.time_format
+        parts = splits.split(self.engine, placed, settings, time_format, valid_given)
+        kept = {name: part.filter(part.stored >= SHORTEST_WITH_TARGET) for name, part in parts.items()}
+        dropped = {
+            name: part.filter((part.stored < SHORTEST_WITH_TARGET) & (part.place == 0)) for name, part in parts.items()
+        }
+        return kept, dropped
+
+    def _count_splits(self, parts: dict[str, ir.Table], dropped: dict[str, ir.Table], catalog: ir.Table) -> None:
+        for name, part in parts.items():
+            counts = self.engine.row(steps.totals(part))
+            without = self._count(dropped[name])
+            if not counts["events"]:
+                raise UserError(f"split: no {name} session with a target is left ({without} without one)")
+            more: dict[str, Any] = {"targets": counts["events"] - counts["sessions"]}
+            if name != "train":
+                last_only = (part.place == part.stored - 1) if self.one_target else (part.place > 0)
+                joined = part.filter(last_only).join(catalog, "item")
+                untrained = (joined.popularity == 0).cast("int64").sum()
+                found = self.engine.row(joined.agg(targets=joined.count(), untrained=untrained))
+                more = {"targets": found["targets"], "untrained_targets": int(found["untrained"])}
+                more["untrained_share"] = round(more["untrained_targets"] / more["targets"], 6)
+            if without:
+                more["note"] = f"{without:,} sessions without a target dropped"
+                more["sessions_without_target"] = without
+            self.report.add(f"split: {name}", counts, **more)
+
+    def _streams(self) -> int:
+        sessions = next(row["sessions"] for row in self.report.rows if row["step"] == "split: train")
+        streams = self.recipe.streams or writer.choose_streams(sessions)
+        if sessions < streams:
+            raise UserError(f"streams: {streams} streams need as many training sessions, there are {sessions}")
+        return streams
+
+    def _count(self, table: ir.Table) -> int:
+        return self.engine.row(table.agg(rows=table.count()))["rows"]
+
+    def _add(self, step: str, events: ir.Table, **more: Any) -> None:
+        self.report.add(step, self.engine.row(steps.totals(events)), **more)
+
+    def _quarantined(self) -> Iterator[dict[str, Any]]:
+        """Bad rows of the reader and of the engine, in the order of files and lines."""
+        order = {file.url: number for number, file in enumerate(self.files)}
+
+        def from_engine() -> Iterator[dict[str, Any]]:
+            if self.bad_table is None:
+                return
+            chosen = self.bad_table.order_by("ordinal").select("file", "line", "reason", "session", "item", "time")
+            for batch in self.engine.batches(chosen):
+                for row in batch.to_pylist():
+                    values = {name: row[name] for name in ("session", "item", "time")}
+                    url = self.files[row["file"]].url
+                    yield {"file": url, "line": row["line"], "reason": row["reason"], "values": values}
+
+        return heapq.merge(self.bad_rows, from_engine(), key=lambda record: (order[record["file"]], record["line"]))
+
+    def _write_quarantine(self, data: str) -> None:
+        if not self.bad:
+            return
+        with storage.open_atomic(storage.join(data, QUARANTINE)) as stream:
+            for record in self._quarantined():
+                write_record(stream, record)
+
+    def _write_items(self, catalog: ir.Table, data: str) -> int:
+        """Tokens and popularity; gives N."""
+        count = self._count(catalog)
+        popularity = np.zeros(count + 1, dtype=np.int64)
+        tokens: list[pa.Array] = []
+        for batch in self.engine.batches(catalog.select("id", "token", "popularity").order_by("id")):
+            popularity[batch.column("id").to_numpy()] = batch.column("popularity").to_numpy()
+            tokens.append(batch.column("token").cast(pa.string()))
+        ids = np.arange(1, count + 1, dtype=np.int32)
+        write_parquet(storage.join(data, TOKENS), pa.table({"id": ids, "token": pa.concat_arrays(tokens)}))
+        storage.write_npy(storage.join(data, POPULARITY), popularity)
+        return count
+
+    def _write_split(self, name: str, table: ir.Table, data: str) -> SplitInfo:
+        total = next(row["events"] for row in self.report.rows if row.get("step") == f"split: {name}")
+        if not self.recipe.store_times:
+            table = table.drop("time")
+        with tqdm(total=total, desc=f"writing {name}", unit=" events", unit_scale=True, disable=None) as bar:
+
+            def watched() -> Iterator[pa.RecordBatch]:
+                for batch in self.engine.batches(table):
+                    yield batch
+                    bar.update(batch.num_rows)
+
+            return writer.write_split(
+                data,
+                name,
+                watched(),
+                shard_sessions=self.recipe.shard_sessions,
+                block_sessions=self.recipe.block_sessions,
+                last_event_only=self.one_target and name != "train",
+            )

@@ -1,0 +1,204 @@
+"""The typed preparation recipe: every key, its bounds and its meaning."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from gru4recf_dist.data.shard_format import MAX_BLOCK_SESSIONS
+from gru4recf_dist.typed_yaml import Section
+
+Format = Literal["recbole", "csv", "tsv", "parquet", "jsonl"]
+Kind = Literal["token", "token_seq", "float", "vector"]
+
+
+class Layout(Section):
+    """How a table is laid out in its files. `.gz`, `.bz2` and `.zst` text files are decompressed on the fly."""
+
+    format: Format = Field("csv", description="recbole (tab separated, `name:type` header), csv, tsv, parquet or jsonl")
+    delimiter: str | None = Field(
+        None, min_length=1, max_length=1, description="column separator of csv and tsv; by default comma and tab"
+    )
+    header: bool = Field(True, description="csv, tsv: the first line names the columns")
+    columns: list[str] = Field([], description="csv, tsv without header: the names of all columns, in their order")
+
+    @model_validator(mode="after")
+    def _columns_without_header(self) -> Layout:
+        if self.format in ("csv", "tsv") and not self.header and not self.columns:
+            raise ValueError("columns must name the columns when header is false")
+        return self
+
+
+class Input(Layout):
+    """The event files and their column mapping."""
+
+    format: Format = Field("recbole", description=Layout.model_fields["format"].description)
+    files: list[str] = Field(
+        [],
+        description="names or globs, relative to `source` unless absolute or a URL, read in the order given (the files "
+        "of a glob by name). By default NAME.inter (recbole), all files of the format in `source`, or `source` itself",
+    )
+    train_files: list[str] = Field([], description="split.method=files: training events; default NAME.train.inter")
+    valid_files: list[str] = Field([], description="split.method=files: validation events; default: cut from training")
+    test_files: list[str] = Field([], description="split.method=files: test events; default NAME.test.inter")
+    session: str = Field("session_id", description="column of the session; unused when `user` is given")
+    user: str | None = Field(None, description="column of the user, to be cut into sessions by `session_gap`")
+    item: str = Field("item_id", description="column of the item")
+    time: str = Field("timestamp", description="column of the event time")
+    time_format: Literal["number", "integer", "datetime"] = Field(
+        "number",
+        description="number: float64, exact up to 2^53; integer: int64 (nanosecond stamps, say); datetime: ISO 8601 "
+        "text (UTC where it names no offset) or a Parquet timestamp, kept as microseconds since 1970",
+    )
+    events: str | None = Field(
+        None,
+        description="jsonl, parquet: the list column that holds a session's events; `item` and `time` then name fields "
+        "of its elements, and `session` (or `user`) a column of the line",
+    )
+
+    @model_validator(mode="after")
+    def _nested_formats(self) -> Input:
+        if self.events is not None and self.format not in ("jsonl", "parquet"):
+            raise ValueError(f"events needs format jsonl or parquet, not {self.format}")
+        return self
+
+
+class Split(Section):
+    """Which events are held out. A session belongs to the time of its *last* event."""
+
+    method: Literal["leave_one_out", "temporal", "files"] = Field(
+        "leave_one_out",
+        description="leave_one_out: a session's last event is its test target, the one before its valid target; "
+        "temporal: whole sessions by date or share; files: the given files",
+    )
+    valid_share: float = Field(
+        0.1,
+        gt=0,
+        lt=1,
+        description="temporal: share of all sessions; files without valid files: share of the training sessions",
+    )
+    test_share: float = Field(0.1, gt=0, lt=1, description="temporal: share of all sessions, the latest ones")
+    valid_from: float | str | None = Field(
+        None, description="temporal: sessions that end at this time or date or later are valid; in place of the shares"
+    )
+    test_from: float | str | None = Field(
+        None, description="temporal: sessions that end at this time or date or later are test"
+    )
+
+    @model_validator(mode="after")
+    def _bounds_agree(self) -> Split:
+        if (self.valid_from is None) != (self.test_from is None):
+            raise ValueError("valid_from and test_from must be given together")
+        if self.valid_from is not None and self.method != "temporal":
+            raise ValueError("valid_from and test_from need method temporal")
+        if self.method == "temporal" and self.valid_from is None and self.valid_share + self.test_share >= 1:
+            raise ValueError("valid_share and test_share must leave something to train on")
+        return self
+
+
+class ItemTable(Layout):
+    """The table that describes the items."""
+
+    format: Format | None = Field(None, description="as `input.format`, which is the default")
+    file: str | None = Field(
+        None, description="file of the item table, relative to `source`; default NAME.item (recbole)"
+    )
+    item: str = Field("item_id", description="column of the item")
+
+    @model_validator(mode="after")
+    def _columns_without_header(self) -> ItemTable:
+        if not self.header and not self.columns:
+            raise ValueError("columns must name the columns when header is false")
+        return self
+
+
+class FeatureRecipe(Section):
+    """One item feature."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_\-]+$", description="name in the manifest; letters, digits, _ and -")
+    kind: Kind | None = Field(
+        None, description="token, token_seq, float or vector; for recbole by default what the file's header says"
+    )
+    column: str | None = Field(None, description="column of the item table; default: `name`")
+    separator: str = Field(" ", min_length=1, description="between the values of a token_seq or vector kept as text")
+    standardize: bool = Field(
+        False, description="float: subtract the mean and divide by the deviation of the training items"
+    )
+    npy: str | None = Field(None, description="vector: a `.npy` [rows, size] to take the values from")
+    npy_items: str | None = Field(
+        None, description="vector: the item of each row of `npy`: a text file with one a line, or Parquet"
+    )
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> FeatureRecipe:
+        if (self.npy is None) != (self.npy_items is None):
+            raise ValueError("npy and npy_items must be given together")
+        if self.npy is not None and self.kind not in (None, "vector"):
+            raise ValueError(f"npy needs kind vector, not {self.kind}")
+        if self.standardize and self.kind not in (None, "float"):
+            raise ValueError(f"standardize needs kind float, not {self.kind}")
+        return self
+
+
+class Recipe(Section):
+    """A preparation: raw event files -> shards, item features, manifest."""
+
+    name: str = Field(min_length=1, description="name of the data set, kept in its manifest")
+    source: str = Field(min_length=1, description="folder (or one file) of raw data: a path or fsspec URL")
+    output: str = Field(min_length=1, description="folder of the data set: a path or fsspec URL")
+    seed: int = Field(1, description="seed of the pseudo-random orders of items and sessions")
+    input: Input = Field(Input(), description="event files and column mapping")
+    deduplicate: bool = Field(
+        False, description="keep only the first of the events that agree in session (or user), item and time"
+    )
+    session_gap: float | None = Field(
+        None,
+        gt=0,
+        description="longest pause within a session, in the unit of the time column (seconds for datetime): a longer "
+        "one starts a new session of the user",
+    )
+    min_session_length: int = Field(2, ge=1, description="shorter sessions are dropped")
+    min_item_support: int = Field(
+        1, ge=1, description="items with fewer events (in training files, if given) are dropped; repeated until stable"
+    )
+    split: Split = Field(Split(), description="what is held out")
+    items: ItemTable = Field(ItemTable(), description="the item table")
+    features: list[FeatureRecipe] = Field([], description="the item features to keep")
+    streams: int | None = Field(
+        None,
+        ge=1,
+        description="number of canonical training streams, a power of two; default: 2^floor(log2(sessions / 4096)), at "
+        "least 8, at most 1024",
+    )
+    shard_sessions: int = Field(65536, ge=1, description="most sessions in a shard")
+    block_sessions: int = Field(MAX_BLOCK_SESSIONS, ge=1, le=MAX_BLOCK_SESSIONS, description="most sessions in a block")
+    store_times: bool = Field(False, description="store the event times too, cut to whole units")
+    engine: Literal["duckdb"] = Field("duckdb", description="what runs the dataframe steps")
+    threads: int | None = Field(None, ge=1, description="threads of the engine; default: one a core")
+    memory_limit_gib: float | None = Field(
+        None, gt=0, description="memory of the engine, which then spills to disk; default: the engine's own"
+    )
+    temporary_folder: str | None = Field(None, description="local folder to spill to; default: the system's")
+
+    @field_validator("streams")
+    @classmethod
+    def _power_of_two(cls, streams: int | None) -> int | None:
+        if streams is not None and streams & (streams - 1):
+            raise ValueError("must be a power of two")
+        return streams
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Recipe:
+        if (self.session_gap is None) != (self.input.user is None):
+            raise ValueError("session_gap and input.user must be given together")
+        given = [key for key in ("train_files", "valid_files", "test_files") if getattr(self.input, key)]
+        if given and self.split.method != "files":
+            raise ValueError(f"input.{given[0]} needs split.method=files")
+        if self.input.files and self.split.method == "files":
+            raise ValueError("input.files: with split.method=files give train_files and test_files")
+        names = [feature.name for feature in self.features]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"features: '{repeated[0]}' is listed twice")
+        return self

@@ -1,0 +1,191 @@
+"""Which files a recipe names, and their events as one numbered stream."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from data_prep import readers
+from data_prep.bad_rows import BadRows
+from data_prep.columns import Column, Request
+from data_prep.recipe import Input, Recipe
+from gru4recf_dist.data import storage
+from gru4recf_dist.errors import UserError
+
+# What a file's events are for; other splits than `files` have one part only.
+TRAIN, VALID, TEST = 0, 1, 2
+ENDINGS = {
+    "csv": ("csv", "csv.gz", "csv.bz2", "csv.zst"),
+    "tsv": ("tsv", "tsv.gz", "tsv.bz2", "tsv.zst"),
+    "parquet": ("parquet",),
+    "jsonl": ("jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.zst"),
+}
+
+
+@dataclass(frozen=True)
+class EventFile:
+    """One input file; ``part`` is TRAIN, VALID or TEST."""
+
+    url: str
+    part: int
+
+
+def recbole_name(source: str) -> str:
+    """NAME of a RecBole folder: its own name."""
+    if storage.is_local(source):
+        source = os.path.abspath(storage.local_path(source))
+    return source.rstrip("/").rsplit("/", 1)[-1]
+
+
+def event_files(recipe: Recipe) -> list[EventFile]:
+    """The input files in the order in which their events are numbered.
+
+    Raises:
+        UserError: a file is missing, a glob matches nothing, or a needed key is not given.
+    """
+    given = recipe.input
+    if recipe.split.method != "files":
+        return [EventFile(url, TRAIN) for url in _expand(recipe.source, given.files) or _default_files(recipe)]
+    defaults: dict[str, list[str]] = {}
+    if given.format == "recbole":
+        stem = storage.join(recipe.source, recbole_name(recipe.source))
+        defaults = {part: [f"{stem}.{part}.inter"] for part in ("train", "test")}
+        if storage.exists(f"{stem}.valid.inter"):
+            defaults["valid"] = [f"{stem}.valid.inter"]
+    files = []
+    for number, part in enumerate(("train", "valid", "test")):
+        urls = _expand(recipe.source, getattr(given, f"{part}_files")) or defaults.get(part, [])
+        if not urls and part != "valid":
+            raise UserError(f"input.{part}_files must be given with split.method=files")
+        files += [EventFile(url, number) for url in urls]
+    _check_exist([file.url for file in files])
+    return files
+
+
+def _default_files(recipe: Recipe) -> list[str]:
+    source, of = recipe.source, recipe.input.format
+    if not storage.exists(source):
+        raise UserError(f"source: {source}: no such file or folder")
+    if not storage.is_folder(source):
+        return [source]
+    if of == "recbole":
+        urls = [storage.join(source, f"{recbole_name(source)}.inter")]
+        _check_exist(urls)
+        return urls
+    names = [name for name in storage.list_names(source) if name.endswith(tuple("." + e for e in ENDINGS[of]))]
+    if not names:
+        raise UserError(f"source: {source}: no .{of} file in it")
+    return [storage.join(source, name) for name in names]
+
+
+def resolve(source: str, name: str) -> str:
+    """A name of the recipe as a URL: relative ones are in ``source``."""
+    return name if os.path.isabs(name) or "://" in name else storage.join(source, name)
+
+
+def _expand(source: str, patterns: list[str]) -> list[str]:
+    """Files of names and globs, each once, globs sorted by name."""
+    urls: list[str] = []
+    for pattern in patterns:
+        url = resolve(source, pattern)
+        if not any(sign in pattern for sign in "*?["):
+            _check_exist([url])
+            urls.append(url)
+            continue
+        fs, path = storage.filesystem(url)
+        found = sorted(fs.glob(path))
+        if not found:
+            raise UserError(f"{url}: no file matches")
+        urls += found if storage.is_local(url) else [fs.unstrip_protocol(name) for name in found]
+    return list(dict.fromkeys(urls))
+
+
+def _check_exist(urls: list[str]) -> None:
+    for url in urls:
+        if not storage.exists(url):
+            raise UserError(f"{url}: no such file")
+
+
+def key_column(given: Input) -> str:
+    """The column that tells sessions (or, to be cut by a gap, users) apart."""
+    return given.user or given.session
+
+
+def staged_schema(time: pa.DataType) -> pa.Schema:
+    """Columns of the staged raw events: ``ordinal`` numbers all events of all files in their order."""
+    return pa.schema(
+        {
+            "ordinal": pa.int64(),
+            "part": pa.int8(),
+            "file": pa.int32(),
+            "line": pa.int64(),
+            "session": pa.string(),
+            "item": pa.string(),
+            "time": time,
+        }
+    )
+
+
+def _time(url: str, time: pa.Array, given: Input) -> pa.Array:
+    """Times for staging: text to be parsed by the engine; of Parquet files int64 or float64.
+
+    Raises:
+        UserError: a Parquet column has another kind of time than the recipe says.
+    """
+    if given.format != "parquet":
+        return time.cast(pa.string())
+    if pa.types.is_string(time.type):
+        return time
+    held = {pa.int64(): ("number", "integer"), pa.float64(): ("number",)}.get(time.type, ("datetime",))
+    if given.time_format not in held:
+        raise UserError(
+            f"input.time_format: {given.time_format}, but column '{given.time}' of {url} holds {time.type} values; "
+            f"set it to {held[0]}"
+        )
+    return time.cast(pa.int64()) if held == ("datetime",) else time
+
+
+def raw_events(recipe: Recipe, files: list[EventFile], bad_rows: BadRows) -> Iterator[pa.Table]:
+    """Every row of every file, as text (times of Parquet files in their own type), numbered.
+
+    Raises:
+        UserError: a column is missing, a file is damaged, or the time columns of two files have different types.
+    """
+    given = recipe.input
+    columns = {
+        "session": Column(key_column(given), "text"),
+        "item": Column(given.item, "text"),
+        "time": Column(given.time, "time"),
+    }
+    nested = ("item", "time") if given.events else ()
+    ordinal = 0
+    time_type: pa.DataType | None = None
+    with tqdm(desc="reading", unit=" events", unit_scale=True, disable=None) as bar:
+        for number, file in enumerate(files):
+            request = Request(given, columns, bad_rows, given.events, nested)
+            for batch in readers.read(file.url, request):
+                rows = len(batch.lines)
+                if not rows:
+                    continue
+                time = _time(file.url, batch.columns["time"], given)
+                time_type = time_type or time.type
+                if time.type != time_type:
+                    raise UserError(f"{file.url}: column '{given.time}' is {time.type}, in other files {time_type}")
+                yield pa.table(
+                    {
+                        "ordinal": np.arange(ordinal, ordinal + rows, dtype=np.int64),
+                        "part": np.full(rows, file.part, dtype=np.int8),
+                        "file": np.full(rows, number, dtype=np.int32),
+                        "line": batch.lines,
+                        "session": batch.columns["session"],
+                        "item": batch.columns["item"],
+                        "time": time,
+                    }
+                )
+                ordinal += rows
+                bar.update(rows)

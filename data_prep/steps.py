@@ -1,0 +1,136 @@
+"""The preparation's steps as dataframe expressions: each takes a table and gives one, whatever engine runs them.
+
+An *event* has `ordinal` (its place in the input, unique), `part` (which files it came from), `session` and `item`
+(codes: the ordinal of the first event that has them) and `time`.
+"""
+
+from __future__ import annotations
+
+import ibis
+import ibis.expr.datatypes as dt
+import ibis.expr.types as ir
+
+from data_prep.engine import Engine
+from data_prep.sources import TRAIN
+
+MICROSECONDS = 1_000_000
+
+
+def judged(raw: ir.Table, time_format: str) -> ir.Table:
+    """Raw rows with `parsed` (the time as a number) and `reason`: why a row is bad, null for a good one."""
+    time = raw.time
+    if not isinstance(time.type(), dt.String):
+        parsed = time
+    elif time_format == "datetime":
+        utc = time.try_cast(dt.Timestamp(timezone="UTC")).cast("timestamp")
+        parsed = utc.epoch_seconds().cast("int64") * MICROSECONDS + utc.microsecond().cast("int64")
+    elif time_format == "integer":
+        # Engines round "1.5" when they cast it.
+        parsed = ibis.ifelse(time.re_search(r"^\s*[+-]?[0-9]+\s*$"), time, ibis.null("string")).try_cast("int64")
+    else:
+        parsed = time.try_cast("float64")
+    if isinstance(parsed.type(), dt.Floating):
+        parsed = ibis.ifelse(parsed.isnan() | parsed.isinf(), ibis.null("float64"), parsed)
+
+    def absent(column: ir.Column) -> ir.BooleanValue:
+        empty = column == "" if isinstance(column.type(), dt.String) else ibis.literal(False)
+        return column.isnull() | empty
+
+    return raw.mutate(parsed=parsed).mutate(
+        reason=ibis.cases(
+            (absent(raw.session), "session missing"),
+            (absent(raw.item), "item missing"),
+            (absent(raw.time), "time missing"),
+            (ibis._.parsed.isnull(), f"time is not a {time_format}"),
+            else_=ibis.null("string"),
+        )
+    )
+
+
+def deduplicated(good: ir.Table) -> ir.Table:
+    """The first of the events that agree in session, item and time."""
+    first = good.group_by("part", "session", "item", "parsed").agg(ordinal=good.ordinal.min())
+    return good.semi_join(first, "ordinal")
+
+
+def codes(good: ir.Table, column: str, *by: str) -> ir.Table:
+    """A code for every value of ``column`` (within ``by``): the ordinal of its first event."""
+    return good.group_by(*by, column).agg(code=good.ordinal.min())
+
+
+def coded(good: ir.Table, sessions: ir.Table, items: ir.Table) -> ir.Table:
+    """Events with codes in place of text: everything after this handles integers only."""
+    joined = good.join(sessions, ["part", "session"]).rename(session_code="code")
+    joined = joined.join(items, "item").rename(item_code="code")
+    return joined.select("ordinal", "part", session="session_code", item="item_code", time="parsed")
+
+
+def cut_by_gap(events: ir.Table, gap: float) -> ir.Table:
+    """Events of users, with the number of the session within the user: a pause longer than ``gap`` starts one."""
+    previous = events.time.lag().over(group_by=["part", "session"], order_by=["time", "ordinal"])
+    starts = events.mutate(starts=((events.time - previous) > gap).fill_null(False).cast("int64"))
+    number = starts.starts.cumsum(group_by=["part", "session"], order_by=["time", "ordinal"])
+    return starts.mutate(number=number).drop("starts")
+
+
+def gap_sessions(numbered: ir.Table, users: ir.Table) -> ir.Table:
+    """The sessions cut from users: their code, and `key`: user, colon, number."""
+    first = numbered.group_by("part", "session", "number").agg(code=numbered.ordinal.min())
+    named = first.join(users.select("part", user="session", session="code"), ["part", "session"])
+    return named.mutate(key=named.user + ":" + named.number.cast("string"))
+
+
+def with_gap_sessions(numbered: ir.Table, sessions: ir.Table) -> ir.Table:
+    """Events whose `session` is the code of the session cut from the user."""
+    joined = numbered.join(sessions.select("part", "session", "number", "code"), ["part", "session", "number"])
+    return joined.select("ordinal", "part", "item", "time", session="code")
+
+
+def without_short(events: ir.Table, shortest: int) -> ir.Table:
+    """Events of sessions of at least ``shortest`` events."""
+    lengths = events.group_by("session").agg(events=events.count())
+    return events.semi_join(lengths.filter(lengths.events >= shortest), "session")
+
+
+def without_rare(events: ir.Table, support: int) -> ir.Table:
+    """Training events of items with at least ``support`` of them; events of given valid and test files stay."""
+    training = events.filter(events.part == TRAIN)
+    counts = training.group_by("item").agg(events=training.count())
+    frequent = counts.filter(counts.events >= support)
+    return training.semi_join(frequent, "item").union(events.filter(events.part != TRAIN))
+
+
+def k_core(engine: Engine, events: ir.Table, support: int, shortest: int) -> tuple[ir.Table, int]:
+    """Drop rare items and short sessions again and again until neither is left; also the number of rounds."""
+    before = _count(engine, events)
+    rounds = 0
+    while True:
+        rounds += 1
+        filtered = without_short(without_rare(events, support), shortest)
+        kept = engine.keep(f"core_{rounds}", filtered)
+        if rounds > 1:
+            engine.drop(f"core_{rounds - 1}")
+        events, after = kept, _count(engine, kept)
+        if after == before:
+            return events, rounds
+        before = after
+
+
+def _count(engine: Engine, events: ir.Table) -> int:
+    return engine.row(events.agg(events=events.count()))["events"]
+
+
+def placed(events: ir.Table) -> ir.Table:
+    """Events with their `place` in the session, from 0, by (time, file, line), and the session's `length`."""
+    order = ibis.window(group_by="session", order_by=["time", "ordinal"])
+    return events.mutate(
+        place=ibis.row_number().over(order).cast("int64"),
+        length=events.count().over(ibis.window(group_by="session")).cast("int64"),
+    )
+
+
+def totals(events: ir.Table) -> ir.Table:
+    """How many sessions, events and items there are."""
+    # The first events of sessions are counted where they are known: cheaper than distinct sessions.
+    sessions = (events.place == 0).sum().fill_null(0) if "place" in events.columns else events.session.nunique()
+    return events.agg(sessions=sessions.cast("int64"), events=events.count(), items=events.item.nunique())

@@ -1,0 +1,151 @@
+"""Cuts a sorted stream of events into sessions, blocks and shards, without a Python loop over events or sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from gru4recf_dist.data.shard_format import Block, ShardInfo, SplitInfo, write_shard
+
+# The chosen number of streams gives a stream about this many sessions.
+SESSIONS_PER_STREAM = 4096
+FEWEST_STREAMS, MOST_STREAMS = 8, 1024
+
+
+@dataclass(frozen=True)
+class Sessions:
+    """Whole sessions of one stream, as flat columns (`times` int64 or None)."""
+
+    numbers: np.ndarray  # [n]
+    lengths: np.ndarray  # [n]
+    items: np.ndarray  # [E]
+    times: np.ndarray | None  # [E]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def part(self, start: int, stop: int) -> Sessions:
+        """Sessions ``start`` to ``stop`` (exclusive)."""
+        first, last = int(self.lengths[:start].sum()), int(self.lengths[:stop].sum())
+        times = None if self.times is None else self.times[first:last]
+        return Sessions(self.numbers[start:stop], self.lengths[start:stop], self.items[first:last], times)
+
+
+def choose_streams(sessions: int) -> int:
+    """2^floor(log2(sessions / 4096)), at least 8 and at most 1024."""
+    power = max(sessions // SESSIONS_PER_STREAM, 1).bit_length() - 1
+    return min(max(1 << power, FEWEST_STREAMS), MOST_STREAMS)
+
+
+def write_split(
+    data: str,
+    split: str,
+    batches: Iterator[pa.RecordBatch],
+    *,
+    shard_sessions: int,
+    block_sessions: int,
+    last_event_only: bool,
+) -> SplitInfo:
+    """Write one split's shards.
+
+    Args:
+        data: the data set's folder.
+        batches: columns `stream`, `number`, `item` and, to store it, `time`; sorted by stream, session and place.
+        last_event_only: a session has one target, its last event; otherwise every event but its first is one.
+    """
+    shards: list[ShardInfo] = []
+    for stream, ordinal, sessions in _shards(_whole_sessions(batches), shard_sessions):
+        if split == "train":
+            url, stream_number = f"train/s{stream:04d}-{ordinal:06d}.tar", stream
+        else:
+            url, stream_number = f"{split}/{ordinal:06d}.tar", ordinal
+        targets = len(sessions) if last_event_only else len(sessions.items) - len(sessions)
+        shards.append(write_shard(data, url, stream_number, list(_blocks(sessions, block_sessions)), targets))
+    return SplitInfo(
+        sessions=sum(shard.sessions for shard in shards),
+        events=sum(shard.events for shard in shards),
+        targets=sum(shard.targets for shard in shards),
+        shards=shards,
+    )
+
+
+def _whole_sessions(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, Sessions]]:
+    """(stream, its next whole sessions), at least one piece a stream; an unfinished session waits for more events."""
+    waiting: dict[str, np.ndarray] = {}
+    for batch in batches:
+        arriving = {name: batch.column(name).to_numpy(zero_copy_only=False) for name in batch.schema.names}
+        if waiting:
+            arriving = {name: np.concatenate([waiting[name], column]) for name, column in arriving.items()}
+        numbers = arriving["number"]
+        if not len(numbers):
+            continue
+        last_start = _tail_start(numbers)
+        yield from _by_stream({name: column[:last_start] for name, column in arriving.items()})
+        waiting = {name: column[last_start:] for name, column in arriving.items()}
+    if waiting:
+        yield from _by_stream(waiting)
+
+
+def _tail_start(numbers: np.ndarray) -> int:
+    """Where the run of the last value starts."""
+    changes = np.flatnonzero(numbers[1:] != numbers[:-1])
+    return int(changes[-1]) + 1 if len(changes) else 0
+
+
+def _by_stream(events: dict[str, np.ndarray]) -> Iterator[tuple[int, Sessions]]:
+    numbers, streams = events["number"], events["stream"]
+    if not len(numbers):
+        return
+    starts = np.concatenate([[0], np.flatnonzero(numbers[1:] != numbers[:-1]) + 1])
+    lengths = np.diff(np.append(starts, len(numbers)))
+    session_streams = streams[starts]
+    bounds = np.concatenate([[0], np.flatnonzero(np.diff(session_streams)) + 1, [len(starts)]])
+    everything = Sessions(
+        numbers[starts].astype(np.int64), lengths, events["item"].astype(np.int32), _whole_units(events.get("time"))
+    )
+    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        yield int(session_streams[start]), everything.part(start, stop)
+
+
+def _whole_units(times: np.ndarray | None) -> np.ndarray | None:
+    return None if times is None else np.floor(times).astype(np.int64)
+
+
+def _shards(pieces: Iterator[tuple[int, Sessions]], shard_sessions: int) -> Iterator[tuple[int, int, Sessions]]:
+    """(stream, number of the shard in it, sessions); only one shard's sessions are held at a time."""
+    current, ordinal, held, count = -1, 0, [], 0
+    for stream, piece in pieces:
+        if stream != current:
+            if held:
+                yield current, ordinal, _joined(held)
+            current, ordinal, held, count = stream, 0, [], 0
+        start = 0
+        while start < len(piece):
+            stop = min(len(piece), start + shard_sessions - count)
+            held.append(piece.part(start, stop))
+            count += stop - start
+            start = stop
+            if count == shard_sessions:
+                yield current, ordinal, _joined(held)
+                ordinal, held, count = ordinal + 1, [], 0
+    if held:
+        yield current, ordinal, _joined(held)
+
+
+def _joined(pieces: list[Sessions]) -> Sessions:
+    times = None if pieces[0].times is None else np.concatenate([piece.times for piece in pieces])
+    return Sessions(
+        np.concatenate([piece.numbers for piece in pieces]),
+        np.concatenate([piece.lengths for piece in pieces]),
+        np.concatenate([piece.items for piece in pieces]),
+        times,
+    )
+
+
+def _blocks(sessions: Sessions, block_sessions: int) -> Iterator[Block]:
+    for start in range(0, len(sessions), block_sessions):
+        part = sessions.part(start, min(start + block_sessions, len(sessions)))
+        yield Block(part.items, part.lengths.astype(np.int32), part.numbers, part.times)

@@ -1,0 +1,93 @@
+"""Small raw data, a runner, and a reader of shards that shares no code with the writer."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+
+from data_prep.prepare import prepare
+from data_prep.recipe import Recipe
+
+
+def make(content: dict, **more) -> Recipe:
+    """A recipe from plain values, through the validation that YAML goes through."""
+    return Recipe.model_validate({"name": "test", "streams": 1, "threads": 2, **content, **more})
+
+
+def run(content: dict, **more):
+    return prepare(make(content, **more))
+
+
+class Prepared:
+    """A data set read back with tarfile, numpy and pyarrow only."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = str(folder).rstrip("/")
+        self.manifest = json.loads(self.bytes("manifest.json"))
+        table = pq.read_table(io.BytesIO(self.bytes("items/tokens.parquet")))
+        self.ids = dict(zip(table["token"].to_pylist(), table["id"].to_pylist(), strict=True))
+        self.tokens = {number: token for token, number in self.ids.items()}
+        self.popularity = self.npy("items/popularity.npy")
+
+    def bytes(self, name: str) -> bytes:
+        with fsspec.open(f"{self.folder}/{name}", "rb") as stream:
+            return stream.read()
+
+    def npy(self, name: str) -> np.ndarray:
+        return np.load(io.BytesIO(self.bytes(name)), allow_pickle=False)
+
+    def shards(self, split: str) -> list[dict]:
+        return self.manifest["splits"][split]["shards"]
+
+    def sessions(self, split: str) -> list[tuple[int, int, list[str], list[int] | None]]:
+        """(stream, number, tokens, times) of every stored session, in the order of the shards."""
+        found = []
+        for shard in self.shards(split):
+            members = {}
+            with tarfile.open(fileobj=io.BytesIO(self.bytes(shard["url"]))) as tar:
+                for member in tar:
+                    key, column, _ = member.name.split(".", 2)
+                    content = tar.extractfile(member)
+                    assert content is not None
+                    members.setdefault(key, {})[column] = np.load(io.BytesIO(content.read()), allow_pickle=False)
+            for block in members.values():
+                ends = np.cumsum(block["lengths"])
+                for number, start, stop in zip(block["sessions"], ends - block["lengths"], ends, strict=True):
+                    tokens = [self.tokens[int(item)] for item in block["items"][start:stop]]
+                    times = block["times"][start:stop].tolist() if "times" in block else None
+                    found.append((shard["stream"], int(number), tokens, times))
+        return found
+
+    def contents(self, split: str) -> list[list[str]]:
+        return sorted(tokens for _, _, tokens, _ in self.sessions(split))
+
+
+def write_csv(path: Path, rows: list[tuple], header: str = "session_id,item_id,timestamp") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n")
+    return path
+
+
+def random_rows(seed: int, events: int = 600, sessions: int = 80, items: int = 40, times: int = 30) -> list[tuple]:
+    """(session, item, time) with many ties."""
+    rng = np.random.default_rng(seed)
+    columns = (
+        rng.integers(0, sessions, events),
+        np.minimum(rng.geometric(0.08, events), items),
+        rng.integers(0, times, events),
+    )
+    return [(f"s{s}", f"i{i}", int(t)) for s, i, t in zip(*columns, strict=True)]
+
+
+def by_session(rows: list[tuple]) -> dict[str, list[tuple]]:
+    """Events of each session in the order of (time, line): Python's sort is stable."""
+    sessions: dict[str, list[tuple]] = {}
+    for row in rows:
+        sessions.setdefault(row[0], []).append(row)
+    return {key: sorted(events, key=lambda row: float(row[2])) for key, events in sessions.items()}

@@ -1,0 +1,53 @@
+"""Recipes: unknown keys, wrong values, and what the shipped ones say."""
+
+from pathlib import Path
+
+import pytest
+
+from data_prep.recipe import Recipe
+from gru4recf_dist import typed_yaml
+from gru4recf_dist.errors import UserError
+
+SHIPPED = sorted((Path(__file__).parents[3] / "configs/data").glob("*.yaml"))
+NEEDED = ["name=x", "source=a", "output=b"]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(path):
+    recipe = typed_yaml.load(Recipe, str(path), ["source=elsewhere"])
+    assert (recipe.name, recipe.source) == (path.stem, "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["min_item_suport=5"], "unknown key 'min_item_suport'; did you mean 'min_item_support'"),
+        (["input.sesion=x"], "unknown key 'input.sesion'; did you mean 'input.session'"),
+        (["streams=12"], "streams: must be a power of two"),
+        (["split.method=random"], "split.method: .*'leave_one_out', 'temporal' or 'files'"),
+        (["block_sessions=2000"], "block_sessions: .*1024"),
+        (["session_gap=60"], "session_gap and input.user must be given together"),
+        (["split.valid_from=3"], "valid_from and test_from must be given together"),
+        (["split.method=temporal", "split.valid_share=0.6", "split.test_share=0.4"], "must leave something"),
+        (["input.events=e", "input.format=csv"], "events needs format jsonl or parquet"),
+        (["input.test_files=[x]"], "input.test_files needs split.method=files"),
+        (["features=[{name: a, kind: token, standardize: true}]"], "standardize needs kind float"),
+        (["features=[{name: a}, {name: a}]"], "'a' is listed twice"),
+        (["min_session_length=0"], "min_session_length: .*1"),
+        (["memory_limit_gib=0"], "memory_limit_gib: .*0"),
+    ],
+)
+def test_wrong_values_name_the_key(overrides, message):
+    with pytest.raises(UserError, match=message):
+        typed_yaml.load(Recipe, None, [*NEEDED, *overrides])
+
+
+def test_every_key_is_documented():
+    def undocumented(schema, prefix=""):
+        for name, field in schema.model_fields.items():
+            if not field.description:
+                yield prefix + name
+            for inner in typed_yaml._section_types(field.annotation):
+                yield from undocumented(inner, f"{prefix}{name}.")
+
+    assert list(undocumented(Recipe)) == []

@@ -197,10 +197,7 @@ class _Preparation:
 
     def _streams(self) -> int:
         sessions = next(row["sessions"] for row in self.report.rows if row["step"] == "split: train")
-        streams = self.recipe.streams or writer.choose_streams(sessions)
-        if sessions < streams:
-            raise UserError(f"streams: {streams} streams need as many training sessions, there are {sessions}")
-        return streams
+        return self.recipe.streams or writer.choose_streams(sessions)
 
     def _count(self, table: ir.Table) -> int:
         return self.engine.row(table.agg(rows=table.count()))["rows"]

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from gru4recf_dist import typed_yaml
 from gru4recf_dist.typed_yaml import Section
@@ -98,7 +106,13 @@ class EngineConfig(Section):
     """``deepspeed`` is handed on to DeepSpeed's own configuration."""
 
     name: Literal["ddp", "deepspeed"] = "ddp"
-    deepspeed: dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _zero_stage_one_unless_said(cls, given: dict[str, Any]) -> dict[str, Any]:
+        zero = given.get("zero_optimization", {})
+        return {**given, "zero_optimization": {"stage": 1, **zero} if isinstance(zero, dict) else zero}
 
 
 class EvaluationConfig(Section):

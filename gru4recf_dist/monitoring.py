@@ -33,9 +33,7 @@ class Monitor:
         self._log = _JsonLines(storage.join(run_dir, "metrics.jsonl"), keep=lambda line: line["step"] <= first_step)
         self._writer: SummaryWriter | None = None
         if config.tensorboard:
-            self._writer = SummaryWriter(
-                storage.join(run_dir, "tensorboard"), purge_step=first_step + 1 if first_step else None
-            )
+            self._writer = SummaryWriter(storage.join(run_dir, "tensorboard"), purge_step=first_step + 1)
         # On a terminal a bar; elsewhere it would fill the log with copies of itself.
         self._bar = tqdm(
             total=total_steps,
@@ -101,8 +99,7 @@ class _JsonLines:
         self._written = 0.0
         if storage.exists(url):
             lines = storage.read_bytes(url).splitlines()
-            # A process that was killed may have left half a line at the end.
-            self._lines = [line for line in lines if line.endswith(b"}") and keep(json.loads(line))]
+            self._lines = [line for line in lines if _is_whole(line) and keep(json.loads(line))]
         self._rewrite()
 
     def append(self, line: dict) -> None:
@@ -122,6 +119,14 @@ class _JsonLines:
     def _rewrite(self) -> None:
         storage.write_bytes(self._url, b"".join(line + b"\n" for line in self._lines))
         self._written = time.monotonic()
+
+
+def _is_whole(line: bytes) -> bool:
+    """A process that was killed may have left half a line at the end, a machine that lost power zeros."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str | float | int | bool]:

@@ -278,7 +278,8 @@ class Trainer:
         )
         if self.ranks.is_first:
             storage.write_json(storage.join(config.run_dir, "result.json"), result)
-        named = {f"result/{split}/{key}": value for split in ("valid", "test") for key, value in result[split].items()}
+        measured = [split for split in ("valid", "test") if split in result]
+        named = {f"result/{split}/{key}": value for split in measured for key, value in result[split].items()}
         self.monitor.finish(config, named)
         return result
 

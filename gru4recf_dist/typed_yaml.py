@@ -19,7 +19,7 @@ from gru4recf_dist.errors import UserError
 class Section(BaseModel):
     """Base of every configuration section: unknown keys are errors, defaults are validated."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -38,10 +38,13 @@ def load(schema: type[Settings], path: str | None, overrides: list[str]) -> Sett
         if not equals or not key or key.startswith("-"):
             raise UserError(f"'{override}': an override reads key=value, such as seed=1")
     try:
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(overrides))
+        for override in overrides:
+            culprit = override
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        culprit = path or "overrides"
         content = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path or 'overrides'}: {_first_line(error)}") from error
+        raise UserError(f"{culprit}: {_first_line(error)}") from error
     try:
         return schema.model_validate(content)
     except ValidationError as error:
@@ -50,13 +53,17 @@ def load(schema: type[Settings], path: str | None, overrides: list[str]) -> Sett
 
 def dump(settings: BaseModel) -> str:
     """The resolved settings as YAML, in the order of their declaration."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    # OmegaConf's own writer quotes what its reader would take for a number, such as 12e4.
+    return OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json")))
 
 
 def _read(path: str) -> DictConfig:
     content = storage.read_bytes(path)
     try:
         loaded = OmegaConf.create(content.decode())
+    except AssertionError as error:
+        # OmegaConf's way to refuse a file that holds a single number.
+        raise UserError(f"{path}: must hold a mapping of keys to values") from error
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML ({_first_line(error)})") from error
     if not isinstance(loaded, DictConfig):

@@ -24,7 +24,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.lib import format as npy_format
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from gru4recf_dist.data import storage
 from gru4recf_dist.errors import UserError
@@ -75,11 +75,11 @@ class ShardInfo(_Strict):
     """One tar file. ``url`` is relative to the manifest's folder."""
 
     url: str
-    stream: int
-    sessions: int
-    events: int
-    targets: int
-    bytes: int
+    stream: NonNegativeInt
+    sessions: NonNegativeInt
+    events: NonNegativeInt
+    targets: NonNegativeInt
+    bytes: NonNegativeInt
     sha256: str
 
 
@@ -135,6 +135,20 @@ class Manifest(_Strict):
     report: list[dict] = []
     recipe: dict = {}
 
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Manifest:
+        for name in SPLITS:
+            if name not in self.splits:
+                raise ValueError(f"split '{name}' is missing (one may be empty)")
+            split = self.splits[name]
+            for count in ("sessions", "events", "targets"):
+                if getattr(split, count) != sum(getattr(shard, count) for shard in split.shards):
+                    raise ValueError(f"splits.{name}.{count} is not the sum over its shards")
+        for shard in self.splits["train"].shards:
+            if shard.stream >= self.streams:
+                raise ValueError(f"{shard.url}: stream {shard.stream} of {self.streams}")
+        return self
+
     def feature(self, name: str) -> Feature:
         """The feature called ``name``; UserError with the known names if there is none."""
         for feature in self.features:
@@ -159,7 +173,8 @@ def read_manifest(data: str) -> Manifest:
         return Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{url}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        place = "".join(f"{part}." for part in first["loc"]).rstrip(".") or "manifest"
+        raise UserError(f"{url}: {place}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 def write_manifest(data: str, manifest: Manifest) -> None:
@@ -235,8 +250,8 @@ def decode_block(sample: dict, source: str) -> Block:
             continue
         try:
             column = npy_format.read_array(io.BytesIO(content), allow_pickle=False)
-        except (ValueError, EOFError, TypeError, MemoryError, SyntaxError, KeyError) as error:
-            raise UserError(f"{where}: {name}.npy is damaged ({error})") from error
+        except storage.NPY_HEADER_ERRORS as error:
+            raise UserError(f"{where}: {name}.npy is damaged ({storage.first_line(error)})") from error
         if column.dtype != dtype or column.ndim != 1:
             raise UserError(f"{where}: {name}.npy must be a flat {np.dtype(dtype)} array")
         columns[name] = column

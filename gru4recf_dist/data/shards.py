@@ -51,6 +51,11 @@ def _open_shards(samples: Iterable[dict]) -> Iterator[dict]:
                 raise UserError(f"{sample['url']}: its sha256 is not the manifest's, the file is damaged")
 
 
+def _reason(error: Exception) -> str:
+    """What happened, in one line, without the stream object that webdataset writes behind it."""
+    return storage.first_line(error).partition(" @ <")[0]
+
+
 def read_blocks(data: str, info: ShardInfo) -> Iterator[Block]:
     """The blocks of one shard, in order.
 
@@ -75,7 +80,7 @@ def read_blocks(data: str, info: ShardInfo) -> Iterator[Block]:
     except UserError:
         raise
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{url}: cannot be read ({type(error).__name__}: {error.args[0]})") from error
+        raise UserError(f"{url}: cannot be read ({type(error).__name__}: {_reason(error)})") from error
     if (sessions, events) != (info.sessions, info.events):
         raise UserError(
             f"{url}: holds {sessions} sessions and {events} events, the manifest says {info.sessions} and {info.events}"

@@ -6,8 +6,11 @@ Everything that the project reads or writes goes through here, so that a URL wor
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import math
 import os
+import tokenize
 import uuid
 from collections.abc import Iterator
 from typing import IO, Any
@@ -21,6 +24,24 @@ from gru4recf_dist.errors import UserError
 # A URL may come from a manifest, which is untrusted: only protocols that name plain storage are opened.
 PROTOCOLS = frozenset({"file", "local", "memory", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "http", "https"})
 
+# What numpy's parser of a damaged or hostile `.npy` header raises.
+NPY_HEADER_ERRORS = (
+    ValueError,
+    TypeError,
+    KeyError,
+    EOFError,
+    MemoryError,
+    OverflowError,
+    RecursionError,
+    SyntaxError,
+    tokenize.TokenError,
+)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's text: a `UserError` is one line."""
+    return (str(error.args[0]) if error.args else type(error).__name__).split("\n")[0]
+
 
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of ``url`` and the path in it.
@@ -28,6 +49,9 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     Raises:
         UserError: the protocol is not one of plain storage (``pipe:``, say), or its package is missing.
     """
+    if "::" in url:
+        # fsspec reads it as a chain of file systems, and would open the first of them only.
+        raise UserError(f"{url}: '::' is not supported")
     protocol = protocol_of(url)
     if protocol not in PROTOCOLS:
         raise UserError(f"{url}: protocol '{protocol}' is not supported (one of {', '.join(sorted(PROTOCOLS))})")
@@ -115,6 +139,12 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
     is complete, and the upload is dropped if the block raises.
     """
     fs, path = filesystem(url)
+    if fs.protocol == "memory":
+        # `memory://` shows a file as soon as it is opened.
+        stream = io.BytesIO()
+        yield stream
+        fs.pipe_file(path, stream.getvalue())
+        return
     if not is_local(url):
         stream = fs.open(path, "wb")
         try:
@@ -162,7 +192,7 @@ def read_json(url: str) -> Any:
     content = read_bytes(url)
     try:
         return json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{url}: not valid JSON ({error})") from error
 
 
@@ -177,6 +207,16 @@ def write_npy(url: str, array: np.ndarray) -> None:
         npy_format.write_array(stream, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
 
 
+def read_npy_header(url: str) -> tuple[np.dtype, tuple[int, ...]]:
+    """Type and shape of a `.npy` file.
+
+    Raises:
+        UserError: as `read_npy_rows`.
+    """
+    with open_read(url) as stream:
+        return _read_header(url, stream)
+
+
 def read_npy_rows(url: str, start: int = 0, stop: int | None = None) -> np.ndarray:
     """Rows ``start`` to ``stop`` (exclusive; None: to the end) of a `.npy` file; no other bytes are read.
 
@@ -184,20 +224,29 @@ def read_npy_rows(url: str, start: int = 0, stop: int | None = None) -> np.ndarr
         UserError: the file is missing, is not a plain `.npy` array, or is shorter than its header says.
     """
     with open_read(url) as stream:
-        try:
-            major, _ = npy_format.read_magic(stream)
-            read_header = npy_format.read_array_header_1_0 if major == 1 else npy_format.read_array_header_2_0
-            shape, fortran_order, dtype = read_header(stream)
-        except ValueError as error:
-            raise UserError(f"{url}: not a .npy file ({error})") from error
-        if dtype.hasobject or fortran_order or not shape:
-            raise UserError(f"{url}: must be a plain C-ordered array, not {dtype} of shape {shape}")
+        dtype, shape = _read_header(url, stream)
         stop = shape[0] if stop is None else min(stop, shape[0])
         start = min(start, stop)
         row_shape = shape[1:]
-        row_bytes = dtype.itemsize * int(np.prod(row_shape, dtype=np.int64))
-        stream.seek(start * row_bytes, os.SEEK_CUR)
-        content = stream.read((stop - start) * row_bytes)
+        row_bytes = dtype.itemsize * math.prod(row_shape)
+        try:
+            stream.seek(start * row_bytes, os.SEEK_CUR)
+            content = stream.read((stop - start) * row_bytes)
+        except (OverflowError, MemoryError) as error:
+            raise UserError(f"{url}: its header says {shape}, more than a file can hold") from error
     if len(content) != (stop - start) * row_bytes:
         raise UserError(f"{url}: truncated, rows {start} to {stop} are not all there")
     return np.frombuffer(content, dtype=dtype).reshape(stop - start, *row_shape).copy()
+
+
+def _read_header(url: str, stream: IO[bytes]) -> tuple[np.dtype, tuple[int, ...]]:
+    """Type and shape of the `.npy` file at whose start ``stream`` is, which is left at the first row."""
+    try:
+        major, _ = npy_format.read_magic(stream)
+        read_header = npy_format.read_array_header_1_0 if major == 1 else npy_format.read_array_header_2_0
+        shape, fortran_order, dtype = read_header(stream)
+    except NPY_HEADER_ERRORS as error:
+        raise UserError(f"{url}: not a .npy file ({first_line(error)})") from error
+    if dtype.hasobject or not dtype.itemsize or fortran_order or not shape or min(shape) < 0:
+        raise UserError(f"{url}: must be a plain C-ordered array, not {dtype} of shape {shape}")
+    return dtype, shape

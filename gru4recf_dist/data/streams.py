@@ -7,7 +7,9 @@ stream. Ranks and loader workers only divide the streams among themselves.
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -86,6 +88,19 @@ class Stream:
         return taken
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """In place of a block: the UserError that a worker process met."""
+
+    text: str
+
+
+def _unwrap(part: Block | _Failure) -> Block:
+    if isinstance(part, _Failure):
+        raise UserError(part.text)
+    return part
+
+
 class _StreamParts(IterableDataset):
     """What one loader worker yields: for every remaining global batch, its streams' sessions as one block."""
 
@@ -111,7 +126,14 @@ class _StreamParts(IterableDataset):
             for stream in mine
         ]
         for _ in range(self.steps):
-            yield columns.concatenate([block for stream in streams for block in stream.take(self.per_stream)])
+            try:
+                yield columns.concatenate([block for stream in streams for block in stream.take(self.per_stream)])
+            except UserError as error:
+                # An exception that leaves a worker process comes back with that process's traceback as its text.
+                if info is None:
+                    raise
+                yield _Failure(str(error))
+                return
 
 
 class SessionLoader:
@@ -134,6 +156,8 @@ class SessionLoader:
         for shard in manifest.splits["train"].shards:
             self.shards[shard.stream].append(shard)
         self.sizes = [sum(shard.sessions for shard in shards) for shards in self.shards]
+        if not any(self.sizes):
+            raise UserError(f"{data}: the data set has no training session")
         self.epoch = 0
         self.positions = [0] * manifest.streams
 
@@ -166,9 +190,12 @@ class SessionLoader:
             return
         # The DataLoader asks its workers in turn, and each yields one block a step: `workers` blocks are one step.
         # forkserver: a fork of a process that runs gloo, NCCL or fsspec threads may hang.
-        loaded = iter(DataLoader(parts, batch_size=None, num_workers=workers, multiprocessing_context="forkserver"))
+        # Preloaded, a worker starts in a tenth of a second; importing torch takes each of them seconds, every epoch.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        loaded = iter(DataLoader(parts, batch_size=None, num_workers=workers, multiprocessing_context=context))
         for _ in range(steps):
-            yield columns.concatenate([next(loaded) for _ in range(workers)])
+            yield columns.concatenate([_unwrap(next(loaded)) for _ in range(workers)])
 
     def state_dict(self) -> dict:
         return {"epoch": self.epoch, "positions": list(self.positions)}
@@ -178,4 +205,10 @@ class SessionLoader:
             raise UserError(
                 f"the checkpoint was made with {len(state['positions'])} streams, the data set has {len(self.sizes)}"
             )
+        for stream, (position, size) in enumerate(zip(state["positions"], self.sizes, strict=True)):
+            if not 0 <= position <= size:
+                raise UserError(
+                    f"the checkpoint is at session {position} of stream {stream}, which has {size}: "
+                    "the data set is not the one it was made with"
+                )
         self.epoch, self.positions = state["epoch"], list(state["positions"])

@@ -39,7 +39,9 @@ class MarkovChain:
         self._items = manifest.items
         self._base = manifest.items + 1
         keys, counts = _transitions(data, manifest, self._base)
-        self._keys, self._counts = keys, counts
+        # A last key above all others: a search for any pair ends at a place.
+        self._keys = np.append(keys, np.iinfo(np.int64).max)
+        self._counts = np.append(counts, 0)
         source = keys // self._base
         self._bounds = np.searchsorted(source, np.arange(self._base + 1))
         # Within each source item by ascending count: one binary search finds how many are above a count.
@@ -48,7 +50,7 @@ class MarkovChain:
 
     def scores(self, last: np.ndarray, items: np.ndarray) -> np.ndarray:
         wanted = last * self._base + items
-        places = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
+        places = np.searchsorted(self._keys, wanted)
         return np.where(self._keys[places] == wanted, self._counts[places], 0)
 
     def above_and_tied(self, last: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -63,7 +65,7 @@ def _transitions(data: str, manifest: Manifest, base: int) -> tuple[np.ndarray, 
     """Distinct pairs of consecutive training items as keys ``item * base + next``, ascending, and their counts."""
     merged, counts = np.empty(0, np.int64), np.empty(0, np.int64)
     for shard in manifest.splits["train"].shards:
-        keys = []
+        keys = [np.empty(0, np.int64)]
         for block in read_blocks(data, shard):
             first = columns.ragged_arange(block.lengths) == 0
             items = block.items.astype(np.int64)

@@ -12,6 +12,7 @@ from gru4recf_dist.data import assignment
 from gru4recf_dist.data.batches import QueryBatch, pack_queries
 from gru4recf_dist.data.columns import concatenate
 from gru4recf_dist.data.shard_format import Manifest
+from gru4recf_dist.errors import UserError
 from gru4recf_dist.evaluation import ranking
 from gru4recf_dist.evaluation.metrics import RankHistogram
 from gru4recf_dist.evaluation.sessions import batch_count, read_batches
@@ -56,6 +57,7 @@ class Evaluator:
             candidates, so a target among them is a miss. Both count every target in the denominator.
         """
         settings = self.config.evaluation
+        self._check_finite(model.table.weight)
         everything, unseen = (RankHistogram(max(settings.ks)) for _ in range(2))
         untrained_targets = 0
         batches = read_batches(
@@ -70,6 +72,9 @@ class Evaluator:
                 every_position=self.protocol == "every_position",
             )
             queries = self._gather(model, batch)
+            # The same scores on every rank, so all of them stop together.
+            if not bool(queries.target_scores.isfinite().all()):
+                raise _diverged()
             above, seen_above = self._count(model, queries)
             trained = ~self.untrained[queries.targets]
             repeated = _contains_target(queries)
@@ -84,6 +89,12 @@ class Evaluator:
             split: {**everything.metrics(settings.ks), **common},
             f"{split}_excluding_seen": {**unseen.metrics(settings.ks), **common},
         }
+
+    def _check_finite(self, rows: torch.Tensor) -> None:
+        """NaN compares false with everything: nothing would stand above any target, and a broken model look perfect."""
+        broken = (~rows.isfinite()).any().to(torch.int64)
+        if int(collectives.sum_over_ranks(broken, self.ranks.table)):
+            raise _diverged()
 
     def _rounds(self, split: str) -> int:
         """Batches of the rank that has most; the others take part with an empty one."""
@@ -128,6 +139,10 @@ class Evaluator:
         )
         both = collectives.sum_over_ranks(torch.stack([above, seen]), self.ranks.table).cpu()
         return both[0], both[1]
+
+
+def _diverged() -> UserError:
+    return UserError("the model's values are not finite: it has diverged. Try lower optimizer.lr and table.lr")
 
 
 def protocol_of(config: Config, manifest: Manifest) -> str:

@@ -14,8 +14,9 @@ import torch
 from gru4recf_dist.model.scoring import exact_scores, transform_rows
 from gru4recf_dist.table.item_table import ShardedItemTable
 
-# Pairs that are scored in float64 at a time: bounds the memory.
+# Pairs that are scored in float64, and float32 scores of a tile, at a time: both bound the memory.
 _PAIRS = 1 << 17
+_SCORES = 1 << 23
 
 
 def count_above(
@@ -36,29 +37,36 @@ def count_above(
         ties: ``against`` counts items of exactly the target's score, ``for`` does not.
     """
     count = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    # [queries, tile] scores exist at a time: as many queries as keep that within bounds.
+    block = max(1, _SCORES // tile_rows)
     norms = queries.double().norm(dim=1)
     for first, raw in table.tiles(tile_rows):
         rows = transform_rows(raw.float(), score)
         margin = norms * (rows.norm(dim=1).max().double() * relative_error(queries.shape[1]))
-        scores = queries @ rows.T
-        sure = torch.count_nonzero(scores > _round_up(target_scores + margin)[:, None], dim=1)
-        possible = torch.count_nonzero(scores >= _round_down(target_scores - margin)[:, None], dim=1)
-        count += sure
-        # Most queries have nothing near their target's score in most tiles.
-        open_queries = torch.nonzero(possible > sure).squeeze(1)
-        if not len(open_queries):
-            continue
-        near = scores[open_queries]
-        near = (near >= _round_down(target_scores - margin)[open_queries, None]) & (
-            near <= _round_up(target_scores + margin)[open_queries, None]
-        )
-        query, column = torch.nonzero(near, as_tuple=True)
-        query = open_queries[query]
-        other = targets[query] != column + first
-        query, column = query[other], column[other]
-        above = _pairs_above(queries, target_scores, query, raw, column, score, ties)
-        count += torch.bincount(query[above], minlength=len(queries))
+        low, high = _round_down(target_scores - margin), _round_up(target_scores + margin)
+        for start in range(0, len(queries), block):
+            part = slice(start, start + block)
+            sure, query, column = _sort_out(queries[part] @ rows.T, low[part], high[part])
+            count[part] += sure
+            query += start
+            other = targets[query] != column + first
+            query, column = query[other], column[other]
+            above = _pairs_above(queries, target_scores, query, raw, column, score, ties)
+            count += torch.bincount(query[above], minlength=len(queries))
     return count
+
+
+def _sort_out(
+    scores: torch.Tensor, low: torch.Tensor, high: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per query, how many of the scores [Q, n] are above ``high`` [Q]; and the pairs (query, column) in between."""
+    sure = torch.count_nonzero(scores > high[:, None], dim=1)
+    possible = torch.count_nonzero(scores >= low[:, None], dim=1)
+    # Most queries have nothing near their target's score in most tiles.
+    unsure = torch.nonzero(possible > sure).squeeze(1)
+    near = scores[unsure]
+    query, column = torch.nonzero((near >= low[unsure, None]) & (near <= high[unsure, None]), as_tuple=True)
+    return sure, unsure[query], column
 
 
 def count_seen_above(

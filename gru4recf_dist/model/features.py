@@ -64,7 +64,8 @@ class FeatureEmbedding(nn.Module):
         self.token_embedding_table = nn.ModuleDict()
         self.float_embedding_table = nn.ModuleDict()
         self.token_seq_embedding_table = nn.ModuleDict()
-        self.vector_projection = nn.ModuleDict()
+        # By place, not by name: a ModuleDict refuses names such as "type" or "values".
+        self.vector_projection = nn.ModuleList([nn.Linear(spec.size, dim, bias=False) for spec in kinds["vector"]])
         if kinds["token"]:
             self.token_embedding_table["item"] = _OffsetEmbedding([spec.size for spec in kinds["token"]], dim)
         if kinds["token_seq"]:
@@ -72,8 +73,6 @@ class FeatureEmbedding(nn.Module):
             self.token_seq_embedding_table["item"] = nn.ModuleList(tables)
         if kinds["float"]:
             self.float_embedding_table["item"] = _FloatEmbedding(len(kinds["float"]), dim)
-        for spec in kinds["vector"]:
-            self.vector_projection[spec.name] = nn.Linear(spec.size, dim, bias=False)
 
     @property
     def width(self) -> int:
@@ -106,7 +105,7 @@ class FeatureEmbedding(nn.Module):
         if spec.kind == "float":
             table = self.float_embedding_table["item"]
             return table(field, values.to(table.embedding.weight.dtype))
-        projection = self.vector_projection[spec.name]
+        projection = self.vector_projection[field]
         return projection(values.to(projection.weight.dtype))
 
     def _pool(self, embedded: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

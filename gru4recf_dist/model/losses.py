@@ -42,9 +42,11 @@ def _logits(queries, rows, bias, exclude, block):
     if bias is not None:
         logits += bias
     if exclude is not None:
-        column = exclude[block]
-        masked = column != NOTHING
-        logits[torch.nonzero(masked).squeeze(1), column[masked]] = -torch.inf
+        # Without asking which rows are masked: that would make the host wait for the device.
+        column = exclude[block, None]
+        place = column.clamp(min=0)
+        kept = logits.gather(1, place)
+        logits.scatter_(1, place, torch.where(column != NOTHING, -torch.inf, kept))
     return logits
 
 
@@ -98,7 +100,8 @@ def sampled_softmax(
         positive = positive - positive_correction
     rest = blockwise_logsumexp(queries, negatives, correction, exclude, block_rows)
     # -log(e^p / (e^p + e^rest)), stable for either sign of the difference
-    return torch.nn.functional.softplus(rest - positive)
+    # (beyond torch's default threshold of 20 softplus(x) = x would be off by 2e-9, too much in float64)
+    return torch.nn.functional.softplus(rest - positive, threshold=40.0)
 
 
 def columns_of(targets: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

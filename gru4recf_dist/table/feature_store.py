@@ -64,7 +64,9 @@ class FeatureStore:
     def __init__(self, data: str, manifest: Manifest, names: list[str], ranks: Ranks) -> None:
         self.ranks = ranks
         rows = RowPartition(manifest.items + 1, ranks.world).range_of(ranks.rank)
-        self._columns = [_read_column(data, manifest.feature(name), rows, ranks.device) for name in names]
+        self._columns = [
+            _read_column(data, manifest.feature(name), manifest.items, rows, ranks.device) for name in names
+        ]
 
     def lookup(self, exchange: Exchange) -> dict[str, torch.Tensor]:
         """Features of the routing's distinct ids.
@@ -80,24 +82,40 @@ class FeatureStore:
         return {column.feature.name: column.decode(part) for column, part in zip(self._columns, parts, strict=True)}
 
 
-def _read_column(data: str, feature: Feature, rows: range, device: torch.device) -> _Column:
+def _read_column(data: str, feature: Feature, items: int, rows: range, device: torch.device) -> _Column:
     url = storage.join(data, feature.values)
     if feature.kind != "token_seq":
         dtype = np.int32 if feature.kind == "token" else np.float32
+        row_shape = (feature.size,) if feature.kind == "vector" else ()
+        _check_header(url, dtype, (items + 1, *row_shape))
         values = storage.read_npy_rows(url, rows.start, rows.stop)
-        _check(url, values, dtype, len(rows))
+        if feature.kind == "token":
+            _check_tokens(url, values, feature)
         return _Column(feature, torch.from_numpy(values).to(device))
     indptr_url = storage.join(data, feature.indptr)
+    _check_header(indptr_url, np.int64, (items + 2,))
+    # A rank without rows still reads one bound.
     indptr = storage.read_npy_rows(indptr_url, rows.start, rows.stop + 1)
-    # A rank without rows still reads one bound, or none past the end of the file.
-    if len(rows) == 0:
-        return _Column(feature, torch.empty(0, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int64))
-    _check(indptr_url, indptr, np.int64, len(rows) + 1)
-    if (np.diff(indptr) < 0).any() or int(np.diff(indptr).max()) > feature.longest:
+    steps = np.diff(indptr)
+    if indptr[0] < 0 or (steps < 0).any() or int(steps.max(initial=0)) > feature.longest:
         raise UserError(f"{indptr_url}: row bounds do not ascend, or exceed the manifest's longest ({feature.longest})")
     values = storage.read_npy_rows(url, int(indptr[0]), int(indptr[-1]))
     _check(url, values, np.int32, int(indptr[-1] - indptr[0]))
+    _check_tokens(url, values, feature)
     return _Column(feature, torch.from_numpy(values).to(device), torch.from_numpy(indptr - indptr[0]).to(device))
+
+
+def _check_header(url: str, dtype: type, shape: tuple[int, ...]) -> None:
+    found = storage.read_npy_header(url)
+    if found != (np.dtype(dtype), shape):
+        raise UserError(
+            f"{url}: holds {found[0]} of shape {list(found[1])} where {np.dtype(dtype)} of {list(shape)} belongs"
+        )
+
+
+def _check_tokens(url: str, values: np.ndarray, feature: Feature) -> None:
+    if len(values) and not 0 <= int(values.min()) <= int(values.max()) < feature.size:
+        raise UserError(f"{url}: holds values outside 0..{feature.size - 1}, the manifest's vocabulary")
 
 
 def _check(url: str, array: np.ndarray, dtype: type, rows: int) -> None:

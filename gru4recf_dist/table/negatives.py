@@ -48,6 +48,7 @@ class NegativeSampler:
         self._by_rank: np.ndarray | None = None
         if self.kind == "popularity":
             mass = np.maximum(popularity[1:], 1).astype(np.float64) ** config.alpha
+            self._popularity, self._alpha = popularity, config.alpha
             self._cumulative = np.cumsum(mass)
         elif self.kind == "log_uniform":
             self._by_rank = np.argsort(-popularity[1:], kind="stable") + 1
@@ -57,8 +58,9 @@ class NegativeSampler:
     def log_q(self, ids: np.ndarray) -> np.ndarray:
         """log of the probability that one draw gives each of ``ids``; float64."""
         if self._cumulative is not None:
-            mass = self._cumulative[ids - 1] - np.where(ids > 1, self._cumulative[ids - 2], 0.0)
-            return np.log(mass) - np.log(self._cumulative[-1])
+            # Not from differences of the running sum, which loses items of little mass.
+            log_mass = self._alpha * np.log(np.maximum(self._popularity[ids], 1))
+            return log_mass - np.log(self._cumulative[-1])
         if self._by_rank is not None:
             rank = self._rank[ids - 1]
             return np.log(np.log1p(1.0 / (rank + 1.0)) / np.log(self.items + 1.0))

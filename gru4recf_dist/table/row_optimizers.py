@@ -62,8 +62,10 @@ class RowAdagrad(RowOptimizer):
 
 
 class LazyAdam(RowOptimizer):
-    """Adam (Kingma & Ba, ICLR 2015) that leaves untouched rows and their moments as they are; as
-    `torch.optim.SparseAdam`, bias correction by the table's step count included."""
+    """Adam (Kingma & Ba, ICLR 2015, algorithm 1) that leaves untouched rows and their moments as they are.
+
+    Bias is corrected by the table's step count, as `torch.optim.SparseAdam` does (which adds eps before it).
+    """
 
     def __init__(self, weight, config):
         super().__init__(weight, config)

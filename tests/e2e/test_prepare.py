@@ -48,7 +48,6 @@ def test_program_never_imports_torch():
         (["input.item=product"], "no column 'product' (it has: session_id, item_id, timestamp)"),
         (["inputt.item=x"], "unknown key 'inputt'"),
         (["streams=3"], "streams"),
-        (["streams=1024"], "streams: 1024 streams need as many training sessions"),
         (["min_session_length=50"], "no events left after the step 'drop short sessions'"),
         (["min_item_support=50"], "no events left after the step 'k-core filter'"),
         (["split.method=files"], "input.train_files must be given"),

@@ -1,0 +1,414 @@
+"""Exact ranks over the sharded table, against a plain float64 sort of the whole table, ties included.
+
+Vectors are multiples of 2^-24 below 1 in size, of 8 elements: every product and sum is exact in float64, so the order
+of summation cannot matter and the reference is beyond doubt (it is checked against integers). float32 is not exact.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from gru4recf_dist import recommender
+from gru4recf_dist.config import Config, ModelConfig, TableConfig
+from gru4recf_dist.data.shard_format import read_manifest
+from gru4recf_dist.errors import UserError
+from gru4recf_dist.evaluation.evaluator import Evaluator
+from gru4recf_dist.evaluation.ranking import count_above, count_seen_above
+from gru4recf_dist.model.features import FeatureSpec
+from gru4recf_dist.model.gru4recf import ITEM_SEQ, ITEM_SEQ_LEN, GRU4RecF
+from gru4recf_dist.model.scoring import exact_scores
+from gru4recf_dist.parallel import ranks as process_ranks
+from gru4recf_dist.table.item_table import ShardedItemTable
+from gru4recf_dist.table.negatives import read_popularity
+from gru4recf_dist.table.partition import route
+from tests.support.ranks import run_ranks
+from tests.support.synthetic import write_dataset
+
+pytestmark = pytest.mark.dist
+ITEMS, D = 60, 8
+TILES = [1, 7, 64, 10000]
+ATOM = 2.0**-24
+
+
+def make_rows() -> np.ndarray:
+    """float32 [N+1, D] with exact duplicates, twins that differ in one last bit, multiples, and zero rows."""
+    generator = np.random.default_rng(7)
+    rows = (generator.integers(-(2**22), 2**22, (ITEMS + 1, D)) * 2 * ATOM).astype(np.float32)
+    rows[11:16] = rows[10]
+    rows[40] = rows[10]
+    # Elements from 0.5 to 1 have their last bit at 2^-24. Twins of each other, one a single bit away.
+    rows[20:26, 3] = 0.75
+    rows[21:26] = rows[20]
+    rows[21, 3], rows[22, 3] = np.nextafter(np.float32(0.75), [np.float32(2), np.float32(0)])
+    rows[58] = rows[21]
+    # Of the same direction: tied under cosine, not under the dot product.
+    rows[31], rows[32] = rows[30] / 2, rows[30]
+    rows[50] = rows[51] = 0
+    return rows
+
+
+def make_queries(count: int, seed: int) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    return (generator.integers(-(2**24) + 1, 2**24, (count, D)) * ATOM).astype(np.float32)
+
+
+def reference_scores(queries: np.ndarray, rows: np.ndarray, score: str) -> np.ndarray:
+    """float64 [Q, N+1] of the whole table."""
+    queries, rows = queries.astype(np.float64), rows.astype(np.float64)
+    scores = queries @ rows.T
+    if score == "dot":
+        return scores
+    return scores / np.maximum(np.sqrt((rows * rows).sum(axis=1)), 1e-12)
+
+
+def reference_rank(scores: np.ndarray, target: int, ties: str, excluded: set[int]) -> int:
+    """1 + the items above the target, one comparison after the other. ``scores``: [N+1] of one query."""
+    rank = 1
+    for item in range(1, len(scores)):
+        if item == target or item in excluded:
+            continue
+        if scores[item] > scores[target] or (ties == "against" and scores[item] == scores[target]):
+            rank += 1
+    return rank
+
+
+def test_the_reference_is_exact_and_float32_is_not():
+    rows, queries = make_rows(), make_queries(200, 1)
+    integers = (queries.astype(np.float64) / ATOM).astype(np.int64) @ (rows.astype(np.float64) / ATOM).astype(
+        np.int64
+    ).T
+    scores = reference_scores(queries, rows, "dot")
+    np.testing.assert_array_equal(scores, integers * ATOM**2)
+    single = torch.from_numpy(queries) @ torch.from_numpy(rows).T
+    confused = (single[:, 20] == single[:, 21]).numpy()
+    assert confused.mean() > 0.1 and not (scores[:, 20] == scores[:, 21]).any()
+
+
+# -- counting on simulated shards -------------------------------------------------------------------------------------
+
+
+def _shards(rows: np.ndarray, world: int, dtype=torch.float32) -> list[ShardedItemTable]:
+    """The table as ``world`` ranks hold it, without processes: counting sends nothing."""
+    shards = []
+    for rank in range(world):
+        alone = SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"))
+        table = ShardedItemTable(len(rows), rows.shape[1], alone, TableConfig(optimizer="sgd"), seed=0, dtype=dtype)
+        table.weight = torch.from_numpy(rows[table.own.start : table.own.stop]).to(dtype)
+        shards.append(table)
+    return shards
+
+
+def _counts(shards, queries, targets, pairs, score, tile_rows, ties) -> tuple[list[int], list[int]]:
+    """(items above, seen items above) of each query, summed over the shards."""
+    rows = torch.cat([shard.weight for shard in shards]).float()
+    vectors, targets = torch.from_numpy(queries), torch.tensor(targets)
+    common = (vectors, targets, exact_scores(vectors, rows[targets], score))
+    pairs = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+    above = sum(count_above(*common, shard, score, tile_rows, ties) for shard in shards)
+    seen = sum(count_seen_above(*common, pairs[:, 0], pairs[:, 1], shard, score, ties) for shard in shards)
+    return above.tolist(), seen.tolist()
+
+
+@pytest.mark.parametrize("ties", ["against", "for"])
+@pytest.mark.parametrize("score", ["dot", "cosine"])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7, 70])
+def test_counts_equal_the_reference_at_every_number_of_shards_and_tile_size(world, score, ties):
+    """Every item is a target, duplicates and one-bit twins among them; 70 shards leave some empty."""
+    rows = make_rows()
+    targets = list(range(1, ITEMS + 1))
+    queries = make_queries(ITEMS, 2)
+    queries[4] = 0  # ties with everything
+    generator = np.random.default_rng(3)
+    history = [set(generator.integers(1, ITEMS + 1, 9).tolist()) for _ in targets]
+    pairs = [(query, item) for query, items in enumerate(history) for item in sorted(items)]
+    scores = reference_scores(queries, rows, score)
+    expected_above = [reference_rank(scores[q], t, ties, set()) - 1 for q, t in enumerate(targets)]
+    expected_unseen = [reference_rank(scores[q], t, ties, history[q]) - 1 for q, t in enumerate(targets)]
+    shards = _shards(rows, world)
+    for tile_rows in TILES:
+        above, seen = _counts(shards, queries, targets, pairs, score, tile_rows, ties)
+        assert above == expected_above
+        assert [a - s for a, s in zip(above, seen, strict=True)] == expected_unseen
+
+
+def test_ties_are_exact_and_both_policies_bound_them():
+    rows, queries = make_rows(), make_queries(20, 5)
+    shards, targets = _shards(rows, 3), [10] * 20
+    against, _ = _counts(shards, queries, targets, [], "dot", 7, "against")
+    lenient, _ = _counts(shards, queries, targets, [], "dot", 7, "for")
+    # Items 11 to 15 and 40 are copies of item 10.
+    assert [a - b for a, b in zip(against, lenient, strict=True)] == [6] * 20
+
+
+def test_a_float64_table_is_ranked_by_its_float32_values():
+    rows, queries = make_rows(), make_queries(ITEMS, 2)
+    doubles = _shards(rows, 2, torch.float64)
+    doubles[0].weight[5] += 1e-12
+    targets = list(range(1, ITEMS + 1))
+    singles = _counts(_shards(rows, 2), queries, targets, [(0, 5)], "cosine", 7, "against")
+    assert _counts(doubles, queries, targets, [(0, 5)], "cosine", 7, "against") == singles
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12])
+def test_counts_hold_for_very_small_and_large_vectors(scale):
+    """A power of two near ``scale`` on rows and queries changes no rank (float32 products would underflow)."""
+    factor = np.float32(2.0 ** round(math.log2(scale)))
+    rows, queries, targets = make_rows(), make_queries(ITEMS, 2), list(range(1, ITEMS + 1))
+    plain = _counts(_shards(rows, 2), queries, targets, [], "dot", 64, "against")
+    assert _counts(_shards(rows * factor, 2), queries * factor, targets, [], "dot", 64, "against") == plain
+
+
+def test_without_queries_nothing_is_counted():
+    assert _counts(_shards(make_rows(), 2), make_queries(0, 1), np.empty(0, np.int64), [], "dot", 7, "for") == ([], [])
+
+
+# -- the evaluator ----------------------------------------------------------------------------------------------------
+
+UNTRAINED = [17, 40, 60]
+
+
+class FixedModel:
+    """Stands for a trained model: the query after an event depends on its item only, so that the truth is plain."""
+
+    def __init__(self, ranks, broken: str = "") -> None:
+        rows, self.queries = make_rows(), torch.from_numpy(make_queries(ITEMS + 1, 9))
+        self.table = ShardedItemTable(ITEMS + 1, D, ranks, TableConfig(optimizer="sgd"), seed=0)
+        self.table.weight = torch.from_numpy(rows[self.table.own.start : self.table.own.stop])
+        if broken == "queries":
+            self.queries[:] = torch.nan
+        elif broken == "every row":
+            self.table.weight[:] = torch.nan
+        elif broken == "one row":
+            self.table.weight[2 - self.table.own.start] = torch.nan
+
+    def encode(self, items: torch.Tensor, batch_sizes: torch.Tensor) -> torch.Tensor:
+        assert int(batch_sizes.sum()) == len(items)
+        return self.queries[items]
+
+
+def _sessions(seed: int, count: int) -> list[np.ndarray]:
+    """Sessions with repeats, untrained items, lengths beyond the model's window and without any target."""
+    generator = np.random.default_rng(seed)
+    sessions = [generator.integers(1, ITEMS + 1, generator.integers(2, 14)).astype(np.int32) for _ in range(count)]
+    sessions[1] = np.array([5, 10, 5, 10, 11, 40, 10], np.int32)
+    sessions[2] = np.array([21], np.int32)
+    if count > 12:
+        # A whole batch of sessions without any target.
+        sessions[8:12] = [np.array([item], np.int32) for item in (1, 2, 3, 4)]
+    return sessions
+
+
+def _write(folder, protocol: str) -> str:
+    """30 test sessions make 8 batches; 3 valid ones make one batch, so that most ranks have none."""
+    trained = [item for item in range(1, ITEMS + 1) if item not in UNTRAINED]
+    train = [np.array(trained[i : i + 5], np.int32) for i in range(0, len(trained), 5)]
+    test, valid = _sessions(1, 30), _sessions(2, 3)
+    data = str(folder / protocol)
+    write_dataset(data, train, valid, test, items=ITEMS, protocol=protocol, shard_sessions=7, block_sessions=3)
+    return data
+
+
+def _config(data: str, **settings) -> Config:
+    evaluation = {"batch_sessions": 4, "ks": [1, 5, 20], **settings.pop("evaluation", {})}
+    loader = {"max_length": 8, "context": 2}
+    return Config(
+        data=data, run_dir="-", evaluation=evaluation, loader=loader, early_stopping={"metric": "hit@5"}, **settings
+    )
+
+
+PROTOCOLS = ("every_position", "leave_one_out")
+VARIANTS = [
+    *(
+        (protocol, score, ties, 7)
+        for protocol in PROTOCOLS
+        for score in ("dot", "cosine")
+        for ties in ("against", "for")
+    ),
+    *(("every_position", "dot", "against", tile_rows) for tile_rows in TILES if tile_rows != 7),
+    *(("leave_one_out", "cosine", "for", tile_rows) for tile_rows in TILES if tile_rows != 7),
+]
+
+
+def _evaluate_fixed(ranks, data: str) -> dict[tuple, dict]:
+    manifest = read_manifest(data)
+    model = FixedModel(ranks)
+    results = {}
+    for protocol, score, ties, tile_rows in VARIANTS:
+        evaluation = {"protocol": protocol, "ties": ties, "tile_rows": tile_rows}
+        config = _config(data, model={"score": score}, evaluation=evaluation)
+        evaluator = Evaluator(config, manifest, read_popularity(data, manifest), ranks)
+        results[protocol, score, ties, tile_rows] = {
+            split: metrics for name in ("test", "valid") for split, metrics in evaluator.evaluate(model, name).items()
+        }
+    return results
+
+
+def _evaluate_real(ranks, data: str) -> tuple[dict, dict | None]:
+    """Metrics of a freshly built model by protocol, and at one rank its weights."""
+    manifest = read_manifest(data)
+    config = _config(data, seed=4, model={"embedding_size": D, "hidden_size": 10}, evaluation={"tile_rows": 7})
+    model = recommender.build(config, manifest, ranks)
+    model.table.weight.mul_(3.0)
+    metrics = {}
+    for protocol in PROTOCOLS:
+        config.evaluation.protocol = protocol
+        evaluator = Evaluator(config, manifest, read_popularity(data, manifest), ranks)
+        metrics[protocol] = {**evaluator.evaluate(model, "test"), **evaluator.evaluate(model, "valid")}
+    if ranks.world > 1:
+        return metrics, None
+    everything = torch.arange(ITEMS + 1)
+    features = model.features.lookup(model.table.exchange(route(model.table.partition, everything)))
+    return metrics, {"encoder": model.encoder.state_dict(), "rows": model.table.weight, "features": features}
+
+
+def _evaluate_both(ranks, data: str) -> tuple:
+    return _evaluate_fixed(ranks, data), _evaluate_real(ranks, data)
+
+
+def _average(ranks: list[int | None], ks: list[int]) -> dict[str, float]:
+    """Metrics of ranks, None for a miss."""
+    result = {}
+    for k in ks:
+        near = [rank for rank in ranks if rank is not None and rank <= k]
+        result[f"hit@{k}"] = result[f"recall@{k}"] = len(near) / len(ranks)
+        result[f"ndcg@{k}"] = sum(1 / math.log2(rank + 1) for rank in near) / len(ranks)
+        result[f"mrr@{k}"] = sum(1 / rank for rank in near) / len(ranks)
+    return result
+
+
+def _expected(sessions: list[np.ndarray], protocol: str, ties: str, scores_after) -> list[dict[str, float]]:
+    """Metrics with all items as candidates, and without those of the history, session by session.
+
+    Args:
+        scores_after: (session, end) -> scores [N+1] after its first ``end`` events.
+    """
+    ranks, unseen_ranks, untrained = [], [], 0
+    for session in ([int(item) for item in session] for session in sessions):
+        for end in range(1, len(session)):
+            if protocol == "leave_one_out" and end != len(session) - 1:
+                continue
+            target, history, scores = session[end], set(session[:end]), scores_after(session, end)
+            untrained += target in UNTRAINED
+            miss = target in UNTRAINED
+            ranks.append(None if miss else reference_rank(scores, target, ties, set()))
+            unseen_ranks.append(None if miss or target in history else reference_rank(scores, target, ties, history))
+    common = {"targets": len(ranks), "untrained_target_share": untrained / len(ranks)}
+    return [{**_average(found, [1, 5, 20]), **common} for found in (ranks, unseen_ranks)]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[int, list[tuple]]:
+    """What every rank returned, by number of ranks."""
+    folder = tmp_path_factory.mktemp("ranking")
+    data = _write(folder, "every_position")
+    return {world: run_ranks(world, _evaluate_both, folder, data) for world in (1, 2, 3, 4)}
+
+
+@pytest.fixture(scope="module")
+def fixed(results) -> dict[tuple, dict]:
+    return results[1][0][0]
+
+
+def test_every_number_of_ranks_and_tile_size_gives_the_same_metrics_to_the_last_digit(results, fixed):
+    for ranks in results.values():
+        for result, _ in ranks:
+            assert result == fixed
+    for (protocol, score, ties, _), result in fixed.items():
+        assert result == fixed[protocol, score, ties, 7]
+
+
+def test_evaluation_equals_a_plain_sort_of_the_whole_table(fixed):
+    rows, queries = make_rows(), make_queries(ITEMS + 1, 9)
+    for (protocol, score, ties, _), result in fixed.items():
+        scores = reference_scores(queries, rows, score)
+        for split, sessions in (("test", _sessions(1, 30)), ("valid", _sessions(2, 3))):
+            expected = _expected(sessions, protocol, ties, lambda session, end, s=scores: s[session[end - 1]])
+            assert result[split] == pytest.approx(expected[0], rel=1e-13)
+            assert result[f"{split}_excluding_seen"] == pytest.approx(expected[1], rel=1e-13)
+
+
+def test_every_target_is_counted_once_and_misses_stay_in_the_denominator(fixed):
+    sessions = _sessions(1, 30)
+    every, last = sum(len(s) - 1 for s in sessions), sum(len(s) > 1 for s in sessions)
+    assert any(int(s[-1]) in UNTRAINED for s in sessions), "the test needs an untrained target"
+    for (protocol, *_), result in fixed.items():
+        for name in ("test", "test_excluding_seen"):
+            assert result[name]["targets"] == (every if protocol == "every_position" else last)
+            assert result[name]["untrained_target_share"] > 0
+
+
+def test_the_two_metric_sets_and_the_tie_policies_do_differ(fixed):
+    for protocol in PROTOCOLS:
+        against, lenient = (fixed[protocol, "dot", ties, 7] for ties in ("against", "for"))
+        assert against["test"]["mrr@20"] < lenient["test"]["mrr@20"]
+        assert against["test"]["mrr@20"] != against["test_excluding_seen"]["mrr@20"]
+
+
+# -- with the real encoder --------------------------------------------------------------------------------------------
+
+
+def test_a_real_model_gives_the_same_metrics_to_the_last_digit_at_every_number_of_ranks(results):
+    alone = results[1][0][1][0]
+    for ranks in results.values():
+        for _, (metrics, _) in ranks:
+            assert metrics == alone
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_real_model_gives_the_metrics_of_the_plain_module(results, protocol):
+    metrics, state = results[1][0][1]
+    settings = ModelConfig(embedding_size=D, hidden_size=10)
+    features = state["features"]
+    specs = [
+        FeatureSpec("category", "token", 6),
+        FeatureSpec("tags", "token_seq", 9),
+        FeatureSpec("price", "float", 1),
+        FeatureSpec("image", "vector", 3),
+    ]
+    plain = GRU4RecF(settings, ITEMS + 1, specs, features)
+    plain.load_state_dict({**state["encoder"], "item_embedding.weight": state["rows"]})
+    plain.double().eval()
+
+    def scores_after(session: list[int], end: int) -> np.ndarray:
+        # The RNN sees 8 events at most: the last ones, or with every position those of windows that overlap by 2.
+        start = max(0, end - 8)
+        if protocol == "every_position":
+            start = 6 * -(-start // 6)
+        one = {ITEM_SEQ: torch.tensor([session[start:end]]), ITEM_SEQ_LEN: torch.tensor([end - start])}
+        with torch.no_grad():
+            return plain.full_sort_predict(one)[0].numpy()
+
+    for split, sessions in (("test", _sessions(1, 30)), ("valid", _sessions(2, 3))):
+        expected = _expected(sessions, protocol, "against", scores_after)
+        assert metrics[protocol][split] == pytest.approx(expected[0], rel=1e-13)
+        assert metrics[protocol][f"{split}_excluding_seen"] == pytest.approx(expected[1], rel=1e-13)
+
+
+# -- a model that has diverged ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone():
+    yield process_ranks.start("cpu", timeout_seconds=20)
+    process_ranks.stop()
+
+
+@pytest.mark.parametrize("broken", ["queries", "every row", "one row"])
+def test_a_model_of_nan_is_never_the_best(tmp_path, alone, broken):
+    """NaN compares false with everything: counted naively, nothing stands above any target."""
+    data = _write(tmp_path, "every_position")
+    manifest = read_manifest(data)
+    evaluator = Evaluator(_config(data), manifest, read_popularity(data, manifest), alone)
+    sound = evaluator.evaluate(FixedModel(alone), "test")
+    try:
+        metrics = evaluator.evaluate(FixedModel(alone, broken), "test")
+    except UserError:
+        return
+    for name, part in metrics.items():
+        for key in ("hit@1", "hit@5", "mrr@20", "ndcg@20"):
+            assert part[key] <= sound[name][key], (name, key)

@@ -1,0 +1,286 @@
+"""Launch scripts: the command lines that they would run, seen by stand-ins, and one real meeting of two nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ["launch/torchrun_node.sh", "launch/train.sbatch", ".ci/run"]
+
+# Writes one line of JSON per call: the program's name, its arguments, and the variables that matter.
+RECORDER = f"""#!{sys.executable}
+import json, os, sys
+name = os.path.basename(sys.argv[0])
+environment = {{key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "NNODES")}}
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write(json.dumps([name, sys.argv[1:], environment]) + "\\n")
+"""
+STUBS = {
+    "torchrun": RECORDER + 'sys.exit(int(os.environ.get("TORCHRUN_STATUS", "0")))\n',
+    "python": RECORDER + 'sys.exit(int(os.environ.get("CHECK_STATUS", "0")))\n',
+    # The two nodes of the job are this machine, one after the other.
+    "srun": RECORDER + "import subprocess\ncommand = sys.argv[sys.argv.index('bash'):]\n"
+    "sys.exit(max(subprocess.run(command).returncode for node in range(2)))\n",
+    "scontrol": RECORDER + 'if sys.argv[1] == "show":\n    print("n1", "n2", sep="\\n")\n',
+}
+
+
+class Checkout:
+    """A folder with the launch scripts, and an environment in `venv/` whose programs only record their calls."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        shutil.copytree(ROOT / "launch", folder / "launch")
+        (folder / "train.py").touch()
+        (folder / "venv" / "bin").mkdir(parents=True)
+        for name, text in STUBS.items():
+            self.write_program(name, text)
+        self.environment = {
+            "PATH": f"{folder}/venv/bin:{os.environ['PATH']}",
+            "VENV": "venv",
+            "CALLS": str(folder / "calls"),
+            "NPROC_PER_NODE": "2",
+        }
+
+    def write_program(self, name: str, text: str) -> None:
+        path = self.folder / "venv" / "bin" / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        command = ["bash", f"launch/{script}", *arguments]
+        variables = {**self.environment, **environment}
+        return subprocess.run(command, cwd=self.folder, env=variables, capture_output=True, text=True, timeout=60)
+
+    def sbatch(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        """Run the job as SLURM would on two nodes."""
+        slurm = {
+            "SLURM_JOB_ID": "4321",
+            "SLURM_JOB_NODELIST": "n[1-2]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_SUBMIT_DIR": str(self.folder),
+        }
+        return self.run("train.sbatch", *arguments, **slurm, **environment)
+
+    def calls(self, name: str) -> list[list[str]]:
+        """The arguments of every call of a program, in order."""
+        return [arguments for called, arguments, _ in self.records() if called == name]
+
+    def records(self) -> list:
+        path = self.folder / "calls"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_syntax(script):
+    subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+    assert os.access(ROOT / script, os.X_OK)
+
+
+# --- torchrun_node.sh
+
+
+def test_node_checks_then_starts_torchrun(checkout):
+    finished = checkout.run(
+        "torchrun_node.sh", "--config", "a b.yaml", "seed=1", NNODES="4", RDZV_ENDPOINT="host0:29500", RDZV_ID="job"
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert [called for called, _, _ in checkout.records()] == ["python", "torchrun"]
+    assert checkout.calls("python") == [["train.py", "--check", "--config", "a b.yaml", "seed=1"]]
+    assert checkout.calls("torchrun") == [
+        [
+            *("--nnodes=4", "--nproc-per-node=2", "--max-restarts=0"),
+            *("--rdzv-backend=c10d", "--rdzv-endpoint=host0:29500", "--rdzv-id=job"),
+            *("train.py", "--config", "a b.yaml", "seed=1"),
+        ]
+    ]
+    assert checkout.records()[-1][2]["OMP_NUM_THREADS"] == "1"
+
+
+def test_node_rank_needs_the_static_rendezvous(checkout):
+    checkout.run("torchrun_node.sh", NNODES="2", RDZV_ENDPOINT="host0:29500", NODE_RANK="1", MAX_RESTARTS="3")
+    (arguments,) = checkout.calls("torchrun")
+    assert {"--rdzv-backend=static", "--node-rank=1", "--max-restarts=3"} <= set(arguments)
+
+
+def test_one_node_needs_no_endpoint(checkout):
+    assert checkout.run("torchrun_node.sh").returncode == 0
+    (arguments,) = checkout.calls("torchrun")
+    assert {"--nnodes=1", "--rdzv-endpoint=127.0.0.1:0"} <= set(arguments)
+
+
+def test_ranks_default_to_the_number_of_gpus(checkout):
+    checkout.write_program("python", '#!/bin/sh\n[ "$1" != -c ] || echo 8\n')
+    assert checkout.run("torchrun_node.sh", NPROC_PER_NODE="").returncode == 0
+    assert "--nproc-per-node=8" in checkout.calls("torchrun")[0]
+
+
+@pytest.mark.parametrize("script", ["torchrun_node.sh", "train.sbatch"])
+def test_configuration_error_starts_nothing(checkout, script):
+    finished = (checkout.sbatch if script == "train.sbatch" else lambda **e: checkout.run(script, **e))(
+        CHECK_STATUS="2"
+    )
+    assert finished.returncode == 2
+    assert {called for called, _, _ in checkout.records()} == {"python"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"NNODES": "2"}, "error: RDZV_ENDPOINT must be given (HOST:PORT) when NNODES is 2"),
+        ({"NNODES": "2", "RDZV_ENDPOINT": "host0"}, "error: RDZV_ENDPOINT: must be HOST:PORT (got 'host0')"),
+        ({"VENV": "nowhere"}, "error: VENV: nowhere is not a virtual environment with torchrun in it"),
+    ],
+)
+def test_wrong_environment_is_one_clear_line(checkout, environment, message):
+    finished = checkout.run("torchrun_node.sh", **environment)
+    assert finished.returncode == 2
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith(message)
+    assert checkout.records() == []
+
+
+def test_exit_status_is_torchruns(checkout):
+    assert checkout.run("torchrun_node.sh", TORCHRUN_STATUS="7").returncode == 7
+
+
+def test_torchrun_ignores_the_signal_for_the_ranks(checkout):
+    stub = STUBS["torchrun"].replace("sys.exit(", "os.kill(os.getpid(), signal.SIGUSR1)\nsys.exit(")
+    checkout.write_program("torchrun", stub.replace("import json", "import signal, json"))
+    assert checkout.run("torchrun_node.sh").returncode == 0
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("node_rank", [False, True])
+def test_two_nodes_meet(checkout, node_rank):
+    """With the real torchrun: both nodes on this machine, one rank each, agree on the world and add their ranks."""
+    (checkout.folder / "train.py").write_text(
+        "import sys\n"
+        "if '--check' in sys.argv: raise SystemExit\n"
+        "import datetime, os, torch, torch.distributed as dist\n"
+        "dist.init_process_group('gloo', timeout=datetime.timedelta(seconds=20))\n"
+        "total = torch.tensor([dist.get_rank() + 1])\n"
+        "dist.all_reduce(total)\n"
+        "print(f'rank={dist.get_rank()} node={os.environ[\"GROUP_RANK\"]} total={total.item()} {sys.argv[1:]}')\n"
+        # Without these, a rank that ends while its threads are still connected aborts now and then.
+        "dist.barrier()\n"
+        "dist.destroy_process_group()\n"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    bin_folder = Path(sys.executable).parent
+    environment = {
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "VENV": "",
+        "NNODES": "2",
+        "NPROC_PER_NODE": "1",
+        "RDZV_ENDPOINT": f"127.0.0.1:{port}",
+    }
+    nodes = [
+        subprocess.Popen(
+            ["bash", "launch/torchrun_node.sh", "seed=1"],
+            cwd=checkout.folder,
+            env={**environment, **({"NODE_RANK": str(rank)} if node_rank else {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [node.communicate(timeout=120) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    lines = [stdout.strip() for stdout, _ in outputs]
+    expected = [f"rank={rank} node={rank} total=3 ['seed=1']" for rank in range(2)]
+    assert (lines if node_rank else sorted(lines)) == expected
+
+
+# --- train.sbatch
+
+
+def test_job_runs_one_torchrun_a_node(checkout):
+    finished = checkout.sbatch("--config", "configs/x.yaml", "seed=1", SLURM_CPUS_PER_TASK="6")
+    assert finished.returncode == 0, finished.stderr
+    assert checkout.calls("python") == [["train.py", "--check", "--config", "configs/x.yaml", "seed=1"]]
+    assert checkout.calls("scontrol") == [["show", "hostnames", "n[1-2]"]]
+    (srun,) = checkout.calls("srun")
+    assert srun[: srun.index("bash")] == [
+        *("--ntasks-per-node=1", "--cpus-per-task=6", "--cpu-bind=none", "--kill-on-bad-exit=1"),
+        *("--open-mode=append", "--output=runs/slurm/%j-%N.log"),
+    ]
+    node = [
+        *("--nnodes=2", "--nproc-per-node=2", "--max-restarts=0"),
+        *("--rdzv-backend=c10d", "--rdzv-endpoint=n1:24321", "--rdzv-id=4321-0"),
+        *("train.py", "--config", "configs/x.yaml", "seed=1"),
+    ]
+    assert checkout.calls("torchrun") == [node, node]
+    assert (checkout.folder / "runs" / "slurm").is_dir()
+
+
+def test_job_that_was_requeued_meets_under_another_name(checkout):
+    checkout.sbatch(SLURM_RESTART_COUNT="3", RDZV_PORT="29501")
+    assert {"--rdzv-id=4321-3", "--rdzv-endpoint=n1:29501"} <= set(checkout.calls("torchrun")[0])
+
+
+def test_failure_of_a_node_is_the_jobs_and_is_not_requeued(checkout):
+    assert checkout.sbatch(TORCHRUN_STATUS="7").returncode == 7
+    assert ["requeue", "4321"] not in checkout.calls("scontrol")
+
+
+@pytest.mark.parametrize("status", ["0", "1"])
+def test_job_that_stopped_on_the_signal_queues_again(checkout, status):
+    # SIGUSR1 goes to every process of the step. torchrun would die of it if it were not ignored.
+    stub = STUBS["torchrun"].replace("sys.exit(", "os.kill(os.getpid(), 10); os.kill(os.getppid(), 10)\nsys.exit(")
+    checkout.write_program("torchrun", stub)
+    finished = checkout.sbatch(TORCHRUN_STATUS=status)
+    assert finished.returncode == int(status), finished.stderr
+    assert checkout.calls("scontrol")[-1] == ["requeue", "4321"]
+
+
+def test_sigterm_waits_for_the_ranks(checkout):
+    """Preemption signals every process, and no shell may end before the ranks have saved."""
+    # A handler that does nothing: an ignored signal would stay ignored in the shells that are tested here.
+    survive = "import signal, time\nsignal.signal(signal.SIGTERM, lambda *_: None)\n"
+    checkout.write_program(
+        "srun", STUBS["srun"].replace("range(2)", "range(1)").replace("import sub", survive + "import sub")
+    )
+    checkout.write_program("torchrun", RECORDER + survive + "open('started', 'w')\ntime.sleep(1)\nopen('saved', 'w')\n")
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1"}
+    job = subprocess.Popen(
+        ["bash", "launch/train.sbatch"],
+        cwd=checkout.folder,
+        env={**checkout.environment, **slurm},
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 30
+    while not (checkout.folder / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGTERM)
+    assert job.wait(timeout=30) == 0
+    assert (checkout.folder / "saved").exists()
+
+
+def test_job_submitted_elsewhere_says_so(checkout):
+    (checkout.folder / "launch" / "torchrun_node.sh").unlink()
+    finished = checkout.sbatch()
+    assert finished.returncode == 2
+    assert "submit from the folder that holds train.py" in finished.stderr

@@ -6,7 +6,7 @@ Every split is a table of whole stored sessions: history and target(s), with the
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import ibis
 import ibis.expr.types as ir
@@ -84,8 +84,8 @@ def bound(key: str, value: float | str, time_format: str) -> float | int:
     except ValueError as error:
         raise UserError(f"{key}: must be a date such as 2024-05-31 or 2024-05-31T12:00, not '{value}'") from error
     if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=timezone.utc)
-    difference = moment - datetime(1970, 1, 1, tzinfo=timezone.utc)
+        moment = moment.replace(tzinfo=UTC)
+    difference = moment - datetime(1970, 1, 1, tzinfo=UTC)
     return (difference.days * 86400 + difference.seconds) * MICROSECONDS + difference.microseconds
 
 

@@ -14,14 +14,13 @@ import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
 from gru4recf_dist.data import storage
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.parallel.engines import Engine
-from gru4recf_dist.parallel.ranks import Ranks
+from gru4recf_dist.parallel.ranks import Ranks, wait_for_all
 from gru4recf_dist.table.item_table import ShardedItemTable
 
 COMMIT = "commit.json"
@@ -107,8 +106,7 @@ class Checkpoints:
         """Run on rank 0 while the others wait."""
         if self.ranks.is_first:
             action()
-        if self.ranks.world > 1:
-            dist.barrier(group=self.ranks.host)
+        wait_for_all(self.ranks)
 
 
 def complete_steps(folder: str) -> list[int]:

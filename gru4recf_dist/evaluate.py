@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         if ranks.is_first:
             storage.write_json(storage.join(arguments.run, f"eval-{arguments.split}.json"), metrics)
             print(json.dumps(metrics), flush=True)
+        process_ranks.wait_for_all(ranks)
     finally:
         process_ranks.stop()
 

@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{counts.empty_sessions} sessions without a known item (no recommendation): {arguments.output}",
                 file=sys.stderr,
             )
+        process_ranks.wait_for_all(ranks)
     finally:
         process_ranks.stop()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from gru4recf_dist.errors import UserError, exits_cleanly, report_from_every_ran
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.trainer import Trainer, check_run_folder
 
-# sysexits.h's EX_TEMPFAIL: stopped by a signal, to be started again.
-EXIT_STOPPED = 75
+# sysexits.h's EX_TEMPFAIL: stopped by a signal, to be started again. torchrun would take it for a failure of this rank
+# and kill the others; there a run that can go on is told from a finished one by its result.json.
+EXIT_STOPPED = 0 if "TORCHELASTIC_RUN_ID" in os.environ else 75
 
 
 @exits_cleanly
@@ -41,6 +43,7 @@ def main(argv: list[str] | None = None, default_config: Path | None = None) -> i
     report_from_every_rank()
     try:
         result = Trainer(config, ranks).train()
+        process_ranks.wait_for_all(ranks)
     finally:
         process_ranks.stop()
     return EXIT_STOPPED if result is None else 0

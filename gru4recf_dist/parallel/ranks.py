@@ -80,6 +80,12 @@ def start(device: str = "auto", timeout_seconds: int = 1800, init_method: str | 
     )
 
 
+def wait_for_all(ranks: Ranks) -> None:
+    """Wait until every rank is here. A rank that leaves while others still use its sockets makes them fail."""
+    if ranks.world > 1:
+        dist.barrier(group=ranks.host)
+
+
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():

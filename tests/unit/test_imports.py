@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "gru4recf_dist.data": BASE,
     "gru4recf_dist.parallel": ("gru4recf_dist.config", "gru4recf_dist.errors"),
     "gru4recf_dist.table": RUN_TIME,
+    "gru4recf_dist.recommender": ("gru4recf_dist.table", *RUN_TIME),
     "gru4recf_dist.evaluation": ("gru4recf_dist.table", "gru4recf_dist.recommender", *RUN_TIME),
     "gru4recf_dist.checkpoint": ("gru4recf_dist.table", *RUN_TIME),
     "data_prep": (

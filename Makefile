@@ -1,0 +1,49 @@
+# Every target sets itself up: it needs make and Python >= 3.11, and installs into .venv in this folder.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN_DIR := runs/ml-100k
+
+# Ranks share this machine's cores: with OpenMP threads of their own they would spin against each other.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help quickstart test lint bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+quickstart: .venv/.installed ## fetch MovieLens-100k, prepare it, train on 2 ranks, print the metrics beside the baselines
+	$(BIN)/python -m data_prep.fetch_ml100k --output data/raw/ml-100k
+	$(BIN)/python -m data_prep --config configs/data/ml-100k.yaml
+	rm -rf $(RUN_DIR)
+	$(BIN)/torchrun --standalone --nproc_per_node=2 train.py
+	@$(BIN)/python -m gru4recf_dist.results_table $(RUN_DIR)
+
+test: .venv/.installed ## run the tests, without root (not those that need a GPU or a SLURM cluster)
+	$(BIN)/python -m pytest -m "not gpu and not slurm" $(ARGS)
+
+lint: .venv/.installed ## check format and style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+bench: .venv/.installed ## measure against other implementations; ARGS="..." is passed on
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## remove .venv, caches and build products; data/ and runs/ stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Debian's python3 comes without ensurepip, which venv needs.
+HAS_VENV = $(PYTHON) -c 'import ensurepip' 2>/dev/null
+
+# .unfinished is there from the first moment until all is installed: what an interrupted set-up left is made anew.
+.venv/.installed: pyproject.toml constraints.txt
+	@if [ -e .venv/.unfinished ]; then rm -rf .venv; fi
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		$(HAS_VENV) || { [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -y -q python3-venv; }; \
+		$(HAS_VENV) || { echo 'error: $(PYTHON) cannot make virtual environments: on Debian, apt-get install python3-venv' >&2; exit 2; }; \
+		mkdir -p .venv && touch .venv/.unfinished && $(PYTHON) -m venv .venv; \
+	fi
+	@touch .venv/.unfinished
+	@echo 'installing into .venv: this takes minutes, and 1.6 GB (more with the CUDA build of torch)'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@mv .venv/.unfinished $@

@@ -76,6 +76,13 @@ class Monitor:
                 self._writer.add_scalar(name, value)
         self.close()
 
+    def flush(self) -> None:
+        """Make sure that what was logged survives this process."""
+        if self.enabled:
+            self._log.flush()
+            if self._writer:
+                self._writer.flush()
+
     def close(self) -> None:
         """Flush and close; what was logged stays."""
         if self.enabled:

@@ -117,7 +117,7 @@ class Trainer:
                 before = time.perf_counter()
                 batch = pack_training(next(batches), config.loader.max_length, config.loader.context)
                 self._window.wait_seconds += time.perf_counter() - before
-                totals = self._step(batch)
+                totals = self.step(batch)
                 finished = progress.step >= self.total_steps
                 self._log(totals, last=finished)
                 is_best = self._evaluate_if_due(epoch_ended=left == 0, last=finished)
@@ -132,7 +132,7 @@ class Trainer:
                     break
         return self._finish()
 
-    def _step(self, batch: PackedBatch) -> _Totals:
+    def step(self, batch: PackedBatch) -> _Totals:
         """One update of encoder and table with a global batch, of which this is the rank's part."""
         self.progress.step += 1
         step = self.progress.step
@@ -239,6 +239,8 @@ class Trainer:
         self.checkpoints.save(self.progress.step, self.engine, self.table, state, is_best)
         seconds = time.perf_counter() - started
         self.monitor.scalars(self.progress.step, {"checkpoint/seconds": seconds})
+        # A run that is killed goes on from here: the lines up to here must be there too.
+        self.monitor.flush()
         self._window.started += seconds
 
     def _resume(self) -> None:

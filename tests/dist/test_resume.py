@@ -9,6 +9,7 @@ import torch
 
 from gru4recf_dist.checkpoint import complete_steps
 from gru4recf_dist.config import Config
+from gru4recf_dist.data import storage
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.trainer import Trainer
@@ -44,14 +45,14 @@ class _Killed(Exception):
 def train_until(ranks: Ranks, config: Config, last_step: int) -> None:
     """Train and die without a word after ``last_step``, whatever has been written by then."""
     trainer = Trainer(config, ranks)
-    step = trainer._step
+    step = trainer.step
 
     def step_or_die(batch):
         if trainer.progress.step == last_step:
             raise _Killed
         return step(batch)
 
-    trainer._step = step_or_die
+    trainer.step = step_or_die
     with pytest.raises(_Killed):
         trainer.train()
 
@@ -152,3 +153,23 @@ def _diverge(ranks: Ranks, config: Config) -> str:
         assert torch.isfinite(trainer.table.weight).all()
         return "UserError"
     return "trained on"
+
+
+def _train_and_resume_on_memory(ranks: Ranks, folder: str) -> tuple[list[int], bool]:
+    """All in one process: its memory is the object storage."""
+    data = f"memory://{folder}/data"
+    write_dataset(data, random_sessions(0, 41, items=30), random_sessions(1, 9, 30), random_sessions(2, 9, 30))
+    unbroken = train(ranks, small_config(data, f"memory://{folder}/unbroken", *OPTIONS, *STEPS))
+    broken = small_config(data, f"memory://{folder}/broken", *OPTIONS, *STEPS)
+    train_until(ranks, broken, 9)
+    _, state = resume(ranks, broken)
+    lines = storage.read_bytes(f"memory://{folder}/broken/metrics.jsonl").splitlines()
+    steps = [line["step"] for line in map(json.loads, lines) if "train/loss" in line]
+    assert storage.read_json(f"memory://{folder}/broken/result.json")["steps"] == 13
+    return steps, all(torch.equal(state[name], unbroken[name]) for name in unbroken)
+
+
+def test_data_and_run_folder_may_be_urls(tmp_path):
+    ((steps, equal),) = run_ranks(1, _train_and_resume_on_memory, tmp_path, tmp_path.name)
+    assert steps == list(range(1, 14))
+    assert equal

@@ -23,8 +23,10 @@ class RankFailed(AssertionError):
     """The first rank that failed, with its traceback."""
 
 
-def run_ranks(world: int, function: Callable[..., Any], tmp_path: Path, *arguments: Any) -> list[Any]:
-    """Call ``function(ranks, *arguments)`` on ``world`` gloo ranks.
+def run_ranks(
+    world: int, function: Callable[..., Any], tmp_path: Path, *arguments: Any, device: str = "cpu"
+) -> list[Any]:
+    """Call ``function(ranks, *arguments)`` on ``world`` ranks: over gloo on the CPU, over NCCL with ``device`` cuda.
 
     Args:
         function: at the top level of a module, so that it can be pickled; so must its arguments and result be.
@@ -38,7 +40,9 @@ def run_ranks(world: int, function: Callable[..., Any], tmp_path: Path, *argumen
     for rank in range(world):
         ours, theirs = _context.Pipe(duplex=False)
         process = _context.Process(
-            target=_rank_main, args=(theirs, rank, world, f"file://{rendezvous}", function, arguments), daemon=True
+            target=_rank_main,
+            args=(theirs, rank, world, device, f"file://{rendezvous}", function, arguments),
+            daemon=True,
         )
         process.start()
         theirs.close()
@@ -84,7 +88,7 @@ def _collect(pipes: list) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank_main(pipe, rank: int, world: int, rendezvous: str, function, arguments) -> None:
+def _rank_main(pipe, rank: int, world: int, device: str, rendezvous: str, function, arguments) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     import torch
 
@@ -92,7 +96,7 @@ def _rank_main(pipe, rank: int, world: int, rendezvous: str, function, arguments
 
     torch.set_num_threads(1)
     try:
-        ranks = process_ranks.start("cpu", TIMEOUT_SECONDS, init_method=rendezvous)
+        ranks = process_ranks.start(device, TIMEOUT_SECONDS, init_method=rendezvous)
         result = function(ranks, *arguments)
         # As bytes: multiprocessing would share tensors through a process that is about to end.
         pipe.send_bytes(pickle.dumps((None, result)))

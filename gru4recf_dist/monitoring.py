@@ -31,6 +31,7 @@ class Monitor:
         if not enabled:
             return
         self._log = _JsonLines(storage.join(run_dir, "metrics.jsonl"), keep=lambda line: line["step"] <= first_step)
+        self._loss: float | None = None
         self._writer: SummaryWriter | None = None
         if config.tensorboard:
             self._writer = SummaryWriter(storage.join(run_dir, "tensorboard"), purge_step=first_step + 1)
@@ -51,10 +52,14 @@ class Monitor:
             self._bar.update()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Log ``values``, with names such as `train/loss`, as one line of metrics.jsonl and to TensorBoard."""
+        """Log ``values``, with names such as `train/loss`, as one line of metrics.jsonl and to TensorBoard.
+
+        Every line of metrics.jsonl has `train/loss`: one without it repeats the last.
+        """
         if not self.enabled:
             return
-        self._log.append({"step": step, **values})
+        self._loss = values.get("train/loss", self._loss)
+        self._log.append({"step": step, "train/loss": self._loss, **values})
         if self._writer:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)

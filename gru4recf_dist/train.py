@@ -15,6 +15,7 @@ from gru4recf_dist.data import assignment, storage
 from gru4recf_dist.data.shard_format import MANIFEST, read_manifest
 from gru4recf_dist.errors import UserError, exits_cleanly, report_from_every_rank
 from gru4recf_dist.parallel import ranks as process_ranks
+from gru4recf_dist.parallel.deepspeed_settings import deepspeed_settings
 from gru4recf_dist.trainer import Trainer, check_run_folder
 
 # sysexits.h's EX_TEMPFAIL: stopped by a signal, to be started again. torchrun would take it for a failure of this rank
@@ -58,6 +59,8 @@ def check(config: Config) -> str:
     manifest = read_manifest(config.data)
     assignment.check_sizes(manifest.streams, config.batch_size, world=1)
     recommender.feature_specs(config.model, manifest)
+    if config.engine.name == "deepspeed":
+        deepspeed_settings(config, world=1)
     check_run_folder(config, bool(complete_steps(storage.join(config.run_dir, "checkpoints"))))
     for split, info in manifest.splits.items():
         for shard in info.shards:

@@ -40,7 +40,7 @@ class Progress:
     """
 
     step: int = 0
-    best: float = -math.inf
+    best: float | None = None
     evaluations_since_best: int = 0
     trained_events: int = 0
     trained_seconds: float = 0.0
@@ -119,10 +119,12 @@ class Trainer:
                 self._window.wait_seconds += time.perf_counter() - before
                 totals = self.step(batch)
                 finished = progress.step >= self.total_steps
-                self._log(totals, last=finished)
-                is_best = self._evaluate_if_due(epoch_ended=left == 0, last=finished)
+                evaluate = self._evaluation_is_due(epoch_ended=left == 0, last=finished)
+                save = self._checkpoint_is_due(epoch_ended=left == 0) or finished or totals.stop
+                self._log(totals, at_once=evaluate or save)
+                is_best = evaluate and self._evaluate()
                 finished = finished or self._out_of_patience()
-                if is_best or totals.stop or finished or self._checkpoint_is_due(epoch_ended=left == 0):
+                if save or is_best or finished:
                     self._save(is_best)
                 if totals.stop and not finished:
                     self.monitor.say(f"stopped by a signal after step {progress.step}; the run can be resumed")
@@ -174,12 +176,12 @@ class Trainer:
 
     # -- logging, evaluation, checkpoints ----------------------------------------------------------------------------
 
-    def _log(self, totals: _Totals, last: bool) -> None:
+    def _log(self, totals: _Totals, at_once: bool) -> None:
         window, step = self._window, self.progress.step
         window.loss += totals.loss
         window.targets += totals.targets
         window.events += totals.events
-        if step % self.config.monitoring.log_every_steps and step != 1 and not last:
+        if step % self.config.monitoring.log_every_steps and step != 1 and not at_once:
             self.monitor.advance()
             return
         seconds = time.perf_counter() - window.started
@@ -197,22 +199,34 @@ class Trainer:
         self.monitor.advance(loss=values["train/loss"], events_per_s=values["perf/events_per_second"])
         self._window = _Window()
 
-    def _evaluate_if_due(self, epoch_ended: bool, last: bool) -> bool:
-        """Evaluate on the validation split if it is time to; whether that is the best so far."""
-        settings, progress = self.config.evaluation, self.progress
-        by_steps = settings.every_steps is not None and progress.step % settings.every_steps == 0
-        epochs = -(-progress.step // self.loader.steps_per_epoch)
-        by_epochs = epoch_ended and settings.every_epochs is not None and epochs % settings.every_epochs == 0
-        if not (by_steps or by_epochs or last) or not self.manifest.splits["valid"].sessions:
+    def _evaluation_is_due(self, epoch_ended: bool, last: bool) -> bool:
+        settings = self.config.evaluation
+        if not self.manifest.splits["valid"].sessions:
             return False
+        return last or self._is_due(settings.every_steps, settings.every_epochs, epoch_ended)
+
+    def _checkpoint_is_due(self, epoch_ended: bool) -> bool:
+        settings = self.config.checkpoint
+        return self._is_due(settings.every_steps, settings.every_epochs, epoch_ended)
+
+    def _is_due(self, every_steps: int | None, every_epochs: int | None, epoch_ended: bool) -> bool:
+        if every_steps is not None and self.progress.step % every_steps == 0:
+            return True
+        # The loader already stands at the beginning of the next epoch.
+        return epoch_ended and every_epochs is not None and self.loader.epoch % every_epochs == 0
+
+    def _evaluate(self) -> bool:
+        """Evaluate on the validation split; whether that is the best so far."""
+        progress = self.progress
         started = time.perf_counter()
         metrics = self.evaluator.evaluate(self.model, "valid")
         values = {f"eval/{name}/{key}": value for name, part in metrics.items() for key, value in part.items()}
         self.monitor.scalars(progress.step, {**values, "eval/seconds": time.perf_counter() - started})
         name = self.config.early_stopping.metric
         value = metrics["valid"][name]
-        is_best = value > progress.best
-        progress.best = max(progress.best, value)
+        is_best = progress.best is None or value > progress.best
+        if is_best:
+            progress.best = value
         progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
         shown = (
             f"step {progress.step}, epoch {progress.step / self.loader.steps_per_epoch:.4g}: valid {name} {value:.4f}"
@@ -225,13 +239,6 @@ class Trainer:
     def _out_of_patience(self) -> bool:
         patience = self.config.early_stopping.patience
         return patience is not None and self.progress.evaluations_since_best >= patience
-
-    def _checkpoint_is_due(self, epoch_ended: bool) -> bool:
-        settings, step = self.config.checkpoint, self.progress.step
-        if settings.every_steps is not None and step % settings.every_steps == 0:
-            return True
-        epochs = step // self.loader.steps_per_epoch
-        return epoch_ended and settings.every_epochs is not None and epochs % settings.every_epochs == 0
 
     def _save(self, is_best: bool) -> None:
         started = time.perf_counter()

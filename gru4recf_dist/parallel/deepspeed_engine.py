@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import warnings
 
 import deepspeed
 import deepspeed.ops
@@ -17,50 +19,9 @@ from deepspeed.utils import (
 from torch import nn
 
 from gru4recf_dist.config import Config
-from gru4recf_dist.errors import UserError
+from gru4recf_dist.parallel.deepspeed_settings import deepspeed_settings
 from gru4recf_dist.parallel.engines import OPTIMIZER_STATE, make_optimizer
 from gru4recf_dist.parallel.ranks import Ranks
-
-STAGES = (1, 2)
-
-# What our own configuration decides, and the key that does.
-_OWNED = {
-    "train_batch_size": "batch_size",
-    "train_micro_batch_size_per_gpu": "batch_size",
-    "gradient_accumulation_steps": "batch_size",
-    "gradient_clipping": "optimizer.clip",
-    "optimizer": "optimizer",
-    "scheduler": "schedule",
-    "fp16": "precision",
-    "bf16": "precision",
-}
-
-
-def deepspeed_settings(config: Config, world: int) -> dict:
-    """DeepSpeed's own configuration: the user's `engine.deepspeed` with the keys that ours decides filled in.
-
-    Raises:
-        UserError: `engine.deepspeed` sets one of those keys, or a ZeRO stage that is not supported.
-    """
-    given = config.engine.deepspeed
-    for key in given:
-        if key in _OWNED:
-            raise UserError(f"engine.deepspeed.{key}: set {_OWNED[key]} instead")
-    stage = given.get("zero_optimization", {}).get("stage", 0)
-    if stage not in STAGES:
-        raise UserError(f"engine.deepspeed.zero_optimization.stage: must be one of {STAGES}, not {stage!r}")
-    if config.precision != "fp32":
-        raise UserError(f"precision: engine deepspeed supports fp32, not {config.precision}")
-    settings = {
-        **given,
-        "train_micro_batch_size_per_gpu": max(1, config.batch_size // world),
-        "gradient_accumulation_steps": 1,
-        # The optimizer is a plain torch one, which DeepSpeed has not tested with ZeRO; our tests have.
-        "zero_allow_untested_optimizer": True,
-    }
-    if config.optimizer.clip is not None:
-        settings["gradient_clipping"] = config.optimizer.clip
-    return settings
 
 
 class DeepSpeedEngine:
@@ -69,6 +30,10 @@ class DeepSpeedEngine:
     def __init__(self, encoder: nn.Module, config: Config, ranks: Ranks) -> None:
         settings = deepspeed_settings(config, ranks.world)
         logger.setLevel(logging.WARNING)
+        # Its collectives go by names that torch 2.13 has replaced.
+        warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
+        # torchrun sets it; a single process without torchrun does not.
+        os.environ.setdefault("LOCAL_RANK", "0")
         if ranks.device.type == "cpu":
             # Otherwise DeepSpeed compiles a shared-memory all-reduce for minutes before the first step.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -6,6 +6,7 @@ engine keeps inside, so that a checkpoint of one engine loads into another and a
 
 from __future__ import annotations
 
+import os
 from typing import Protocol
 
 import torch
@@ -110,7 +111,9 @@ def make_engine(encoder: nn.Module, config: Config, ranks: Ranks) -> Engine:
     """The engine that ``config.engine.name`` names, around ``encoder`` (already on its device)."""
     if config.engine.name == "ddp":
         return DDPEngine(encoder, config.optimizer, ranks)
-    # DeepSpeed takes seconds to import and probes the machine: only who asks for it pays.
+    # DeepSpeed takes seconds to import and probes the machine: only who asks for it pays. Told the device, it does not.
+    if ranks.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from gru4recf_dist.parallel.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(encoder, config, ranks)

@@ -37,7 +37,7 @@ def run(world: int, tmp_path, data, name: str, *overrides: str) -> tuple[dict, l
     folder = tmp_path / f"{name}-{world}"
     states = run_ranks(world, train, tmp_path, small_config(data, folder, *overrides))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return whole(states), [line["train/loss"] for line in lines if "train/loss" in line]
+    return whole(states), [line["train/loss"] for line in lines if "train/lr" in line]
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,9 @@ class EngineConfig(Section):
     @classmethod
     def _zero_stage_one_unless_said(cls, given: dict[str, Any]) -> dict[str, Any]:
         zero = given.get("zero_optimization", {})
-        return {**given, "zero_optimization": {"stage": 1, **zero} if isinstance(zero, dict) else zero}
+        if not isinstance(zero, dict):
+            raise ValueError("zero_optimization must be a mapping, such as {stage: 1}")
+        return {**given, "zero_optimization": {"stage": 1, **zero}}
 
 
 class EvaluationConfig(Section):

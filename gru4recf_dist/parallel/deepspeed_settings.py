@@ -35,13 +35,12 @@ def deepspeed_settings(config: Config, world: int) -> dict:
         raise UserError(f"engine.deepspeed.zero_optimization.stage: must be one of {STAGES}, not {stage!r}")
     if config.precision != "fp32":
         raise UserError(f"precision: engine deepspeed supports fp32, not {config.precision}")
-    settings = {
+    return {
         **given,
         "train_micro_batch_size_per_gpu": max(1, config.batch_size // world),
         "gradient_accumulation_steps": 1,
+        # 0 is "never". Left out, DeepSpeed clips at 1.
+        "gradient_clipping": config.optimizer.clip or 0.0,
         # The optimizer is a plain torch one, which DeepSpeed has not tested with ZeRO; our tests have.
         "zero_allow_untested_optimizer": True,
     }
-    if config.optimizer.clip is not None:
-        settings["gradient_clipping"] = config.optimizer.clip
-    return settings

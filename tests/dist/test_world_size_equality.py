@@ -65,11 +65,11 @@ def test_float32_updates_are_equal_within_rounding(tmp_path, data, optimizers):
             assert relative_error(state[name], reference[name]) < 1e-5, name
 
 
-def test_zero_stages_of_deepspeed_give_ddps_updates(tmp_path, data):
-    reference, losses = run(1, tmp_path, data, "ddp", *ADAM)
-    for stage in (1, 2):
-        engine = ("engine.name=deepspeed", f"engine.deepspeed.zero_optimization.stage={stage}")
-        state, deepspeed_losses = run(2, tmp_path, data, f"stage{stage}", *ADAM, *engine)
-        assert deepspeed_losses == pytest.approx(losses, rel=1e-5)
-        for name, tensor in reference.items():
-            assert relative_error(state[name], tensor) < 1e-5, name
+@pytest.mark.parametrize(("optimizers", "stage"), [(ADAM, 1), (SGD, 1), (ADAM, 2)], ids=["adam-1", "sgd-1", "adam-2"])
+def test_zero_stages_of_deepspeed_give_ddps_updates(tmp_path, data, optimizers, stage):
+    reference, losses = run(1, tmp_path, data, "ddp", *optimizers)
+    engine = ("engine.name=deepspeed", f"engine.deepspeed.zero_optimization.stage={stage}")
+    state, deepspeed_losses = run(2, tmp_path, data, "deepspeed", *optimizers, *engine)
+    assert deepspeed_losses == pytest.approx(losses, rel=1e-5)
+    for name, tensor in reference.items():
+        assert relative_error(state[name], tensor) < 1e-5, name

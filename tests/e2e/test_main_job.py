@@ -112,6 +112,23 @@ def test_tensorboard_shows_the_curves_and_the_hyper_parameters(run):
     assert "_hparams_/session_start_info" in events.summary_metadata
 
 
+def test_loader_workers_and_deepspeed_run_as_configured(shop, tmp_path):
+    losses = {}
+    for name, options in {
+        "plain": [],
+        "workers": ["loader.workers=2"],
+        "deepspeed": ["engine.name=deepspeed", "engine.deepspeed.zero_optimization.stage=2"],
+    }.items():
+        folder = tmp_path / name
+        options = [f"data={shop}/data", f"run_dir={folder}", *SIZES, "max_steps=10", "model.dropout=0", *options]
+        finished = program("train.py", *options, "evaluation.every_epochs=null", ranks=2)
+        assert finished.returncode == 0, finished.stderr
+        losses[name] = [json.loads(line)["train/loss"] for line in (folder / "metrics.jsonl").open()]
+    assert len(losses["plain"]) >= 3
+    assert losses["workers"] == losses["plain"]
+    assert losses["deepspeed"] == pytest.approx(losses["plain"], rel=1e-5)
+
+
 @pytest.mark.parametrize("ranks", [None, 1, 3])
 def test_evaluation_gives_the_same_digits_at_any_number_of_ranks(run, ranks):
     flag = "--run-dir" if ranks else "--run"

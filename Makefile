@@ -1,7 +1,7 @@
 # Every target sets itself up: it needs make and Python >= 3.11, and installs into .venv in this folder.
 PYTHON ?= python3
 BIN := .venv/bin
-RUN_DIR := runs/ml-100k
+RUN_DIR := runs/quickstart
 
 # Ranks share this machine's cores: with OpenMP threads of their own they would spin against each other.
 export OMP_NUM_THREADS ?= 1
@@ -15,7 +15,7 @@ quickstart: .venv/.installed ## fetch MovieLens-100k, prepare it, train on 2 ran
 	$(BIN)/python -m data_prep.fetch_ml100k --output data/raw/ml-100k
 	$(BIN)/python -m data_prep --config configs/data/ml-100k.yaml
 	rm -rf $(RUN_DIR)
-	$(BIN)/torchrun --standalone --nproc_per_node=2 train.py
+	$(BIN)/torchrun --standalone --nproc_per_node=2 train.py run_dir=$(RUN_DIR)
 	@$(BIN)/python -m gru4recf_dist.results_table $(RUN_DIR)
 
 test: .venv/.installed ## run the tests, without root (not those that need a GPU or a SLURM cluster)

@@ -2,9 +2,9 @@
 
     RUN/checkpoints/step-00000100/*.distcp, .metadata    tensors; every rank writes its own rows
     RUN/checkpoints/step-00000100/commit.json            written last: without it the checkpoint is not there
-    RUN/checkpoints/best.json                            the step of the best one
 
-Everything that is not a tensor is in `commit.json` as plain JSON. Tensors are engine-independent and table rows are
+Everything that is not a tensor is in `commit.json` as plain JSON, the step of the best checkpoint so far with it: so a
+checkpoint and its being the best are committed by one file. Tensors are engine-independent and table rows are
 DTensors, so that a checkpoint loads at any number of ranks.
 """
 
@@ -20,11 +20,10 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, Fsspec
 from gru4recf_dist.data import storage
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.parallel.engines import Engine
-from gru4recf_dist.parallel.ranks import Ranks, wait_for_all
+from gru4recf_dist.parallel.ranks import Ranks, from_first, wait_for_all
 from gru4recf_dist.table.item_table import ShardedItemTable
 
 COMMIT = "commit.json"
-BEST = "best.json"
 _PREFIX = "step-"
 
 
@@ -47,7 +46,7 @@ class Checkpoints:
             best: whether it is the best so far.
         """
         url = self._url(step)
-        # What an interrupted attempt left behind, or this step's checkpoint of an earlier evaluation.
+        # What an interrupted attempt left behind.
         self._on_first(lambda: storage.remove_tree(url))
         if storage.is_local(url):
             self._on_first(lambda: storage.make_folder(url))
@@ -62,11 +61,21 @@ class Checkpoints:
         commit = {"step": step, "table_steps": table.optimizer.steps, "world_size": self.ranks.world, "state": state}
         self._on_first(lambda: self._commit(step, commit, best))
 
+    def newest(self) -> int | None:
+        """Step of the newest complete checkpoint, None without one.
+
+        Rank 0 decides: what a shared file system shows to different machines may differ for a while.
+        """
+        return from_first(self.ranks, lambda: max(complete_steps(self.folder), default=None))
+
+    def best(self) -> int | None:
+        """Step of the best checkpoint, None if there was no evaluation or it is gone; rank 0 decides."""
+        return from_first(self.ranks, lambda: best_step(self.folder))
+
     def _commit(self, step: int, commit: dict, best: bool) -> None:
+        commit["best_step"] = step if best else best_step(self.folder)
         storage.write_json(storage.join(self._url(step), COMMIT), commit)
-        if best:
-            storage.write_json(storage.join(self.folder, BEST), {"step": step})
-        kept = {*complete_steps(self.folder)[-self.keep_last :], best_step(self.folder)}
+        kept = {*complete_steps(self.folder)[-self.keep_last :], commit["best_step"]}
         for name in storage.list_names(self.folder):
             number = _step_of(name)
             if number is not None and number not in kept:
@@ -91,9 +100,9 @@ class Checkpoints:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 dcp.load(tensors, storage_reader=FsspecReader(url), process_group=self.ranks.host)
-        except (dcp.api.CheckpointException, ValueError, KeyError, RuntimeError) as error:
+        except dcp.CheckpointException as error:
             reason = str(error).strip().splitlines()[-1]
-            raise UserError(f"{url}: this checkpoint does not fit the configuration ({reason})") from error
+            raise UserError(f"{url}: this checkpoint is damaged or of another configuration ({reason})") from error
         if engine is not None:
             engine.load_state_dict(tensors)
             table.optimizer.steps = commit["table_steps"]
@@ -120,10 +129,12 @@ def complete_steps(folder: str) -> list[int]:
 
 
 def best_step(folder: str) -> int | None:
-    """Step of the best checkpoint, None if none was marked or it is gone."""
-    url = storage.join(folder, BEST)
-    step = storage.read_json(url)["step"] if storage.exists(url) else None
-    return step if step is not None and step in complete_steps(folder) else None
+    """Step of the best checkpoint, as the newest one has it; None if none was marked or it is gone."""
+    steps = complete_steps(folder)
+    if not steps:
+        return None
+    commit = storage.read_json(storage.join(folder, f"{_PREFIX}{steps[-1]:08d}", COMMIT))
+    return commit.get("best_step") if commit.get("best_step") in steps else None
 
 
 def _step_of(name: str) -> int | None:

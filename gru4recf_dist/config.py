@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from gru4recf_dist import typed_yaml
+from gru4recf_dist.errors import UserError
 from gru4recf_dist.typed_yaml import Section
 
 
@@ -177,20 +178,25 @@ class Config(Section):
     monitoring: MonitoringConfig = MonitoringConfig()
 
     @model_validator(mode="after")
-    def _ends_and_stops(self) -> Config:
+    def _ends(self) -> Config:
         if self.max_epochs is None and self.max_steps is None:
             raise ValueError("one of max_epochs and max_steps must be given")
-        name, _, k = self.early_stopping.metric.partition("@")
-        if name not in ("hit", "recall", "ndcg", "mrr") or not k.isdigit() or int(k) not in self.evaluation.ks:
-            known = ", ".join(f"ndcg@{k}" for k in self.evaluation.ks)
-            raise ValueError(f"early_stopping.metric '{self.early_stopping.metric}' is not measured (try {known})")
         return self
 
 
-def load(path: str | None, overrides: list[str]) -> Config:
+def load(path: str | None, overrides: list[str], training: bool = True) -> Config:
     """Read a recipe with overrides.
+
+    Args:
+        training: whether it is to train with; then early stopping's metric must be among those that are measured.
 
     Raises:
         UserError: as `typed_yaml.load`.
     """
-    return typed_yaml.load(Config, path, overrides)
+    config = typed_yaml.load(Config, path, overrides)
+    metric, ks = config.early_stopping.metric, config.evaluation.ks
+    name, _, k = metric.partition("@")
+    if training and (name not in ("hit", "recall", "ndcg", "mrr") or not k.isdigit() or int(k) not in ks):
+        known = ", ".join(f"ndcg@{k}" for k in ks)
+        raise UserError(f"early_stopping.metric '{metric}' is not measured (try {known})")
+    return config

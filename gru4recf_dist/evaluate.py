@@ -8,7 +8,7 @@ import sys
 
 from gru4recf_dist import trained_run
 from gru4recf_dist.data import storage
-from gru4recf_dist.errors import UserError, exits_cleanly, report_from_every_rank
+from gru4recf_dist.errors import UserError, exits_cleanly
 from gru4recf_dist.evaluation.evaluator import Evaluator
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.table.negatives import read_popularity
@@ -23,9 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as evaluation.ks=[20]")
     arguments = parser.parse_intermixed_args(argv)
     config = trained_run.read_config(arguments.run, arguments.overrides)
-    ranks = process_ranks.start(config.device, config.timeout_seconds)
-    report_from_every_rank()
-    try:
+    with process_ranks.running(config.device, config.timeout_seconds) as ranks:
         model, manifest = trained_run.load_model(config, ranks)
         if not manifest.splits[arguments.split].sessions:
             raise UserError(f"--split: {config.data} has no session in its {arguments.split} split")
@@ -34,9 +32,6 @@ def main(argv: list[str] | None = None) -> None:
         if ranks.is_first:
             storage.write_json(storage.join(arguments.run, f"eval-{arguments.split}.json"), metrics)
             print(json.dumps(metrics), flush=True)
-        process_ranks.wait_for_all(ranks)
-    finally:
-        process_ranks.stop()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.batches import pack_histories
 from gru4recf_dist.data.shard_format import PADDING_ID, TOKENS, Block, Manifest
-from gru4recf_dist.errors import UserError, exits_cleanly, report_from_every_rank
+from gru4recf_dist.errors import UserError, exits_cleanly
 from gru4recf_dist.evaluation.topk import top_k
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel import ranks as process_ranks
@@ -47,9 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.k < 1:
         raise UserError(f"-k: must be at least 1, not {arguments.k}")
     config = trained_run.read_config(arguments.run, arguments.overrides)
-    ranks = process_ranks.start(config.device, config.timeout_seconds)
-    report_from_every_rank()
-    try:
+    with process_ranks.running(config.device, config.timeout_seconds) as ranks:
         model, manifest = trained_run.load_model(config, ranks)
         tokens = _read_tokens(config, manifest)
         ids = {token: number for number, token in enumerate(tokens) if number != PADDING_ID}
@@ -72,9 +70,6 @@ def main(argv: list[str] | None = None) -> None:
                 f"{counts.empty_sessions} sessions without a known item (no recommendation): {arguments.output}",
                 file=sys.stderr,
             )
-        process_ranks.wait_for_all(ranks)
-    finally:
-        process_ranks.stop()
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -139,7 +134,7 @@ def _recommend(
         sessions=np.arange(len(own), dtype=np.int64),
     )
     batch = pack_histories(block, config.loader.max_length)
-    encoded = model.encode(batch.items.to(ranks.device), batch.batch_sizes)
+    encoded = model.encode(batch.items, batch.batch_sizes)
     queries = encoded[batch.positions.to(ranks.device)][: len(mine)]
     queries = collectives.all_gather_rows(queries, [len(share) for share in shares], ranks.table)
     seen_query = seen_item = None

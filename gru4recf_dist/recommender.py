@@ -46,12 +46,14 @@ class Recommender:
     def encode(self, items: torch.Tensor, batch_sizes: torch.Tensor) -> torch.Tensor:
         """Queries of packed events, float32 [T, D]. Every rank must call it the same number of times.
 
+        ``items`` and ``batch_sizes`` are on the CPU, where the routing is computed.
+
         On the CPU it runs on one thread: how a matrix product is divided among threads shows in its last bits, and
         what is measured must not depend on the number of processors.
         """
         was_training, threads = self.encoder.training, torch.get_num_threads()
         self.encoder.eval()
-        if items.device.type == "cpu":
+        if self.table.weight.device.type == "cpu":
             torch.set_num_threads(1)
         try:
             routing = route(self.table.partition, items)
@@ -64,8 +66,11 @@ class Recommender:
             self.encoder.train(was_training)
 
 
-def build(config: Config, manifest: Manifest, ranks: Ranks) -> Recommender:
+def build(config: Config, manifest: Manifest, ranks: Ranks, training: bool = True) -> Recommender:
     """A freshly initialised model: the same on every rank and, row by row, for any number of ranks.
+
+    Args:
+        training: False if the table will only be read, and needs no optimizer.
 
     Raises:
         UserError: configuration and data set do not fit together.
@@ -76,7 +81,13 @@ def build(config: Config, manifest: Manifest, ranks: Ranks) -> Recommender:
     return Recommender(
         encoder=SessionEncoder(config.model, specs).to(device=ranks.device, dtype=dtype),
         table=ShardedItemTable(
-            manifest.items + 1, config.model.embedding_size, ranks, config.table, config.seed, dtype=dtype
+            manifest.items + 1,
+            config.model.embedding_size,
+            ranks,
+            config.table,
+            config.seed,
+            dtype=dtype,
+            training=training,
         ),
         features=FeatureStore(config.data, manifest, [spec.name for spec in specs], ranks),
     )

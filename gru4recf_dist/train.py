@@ -12,8 +12,8 @@ from gru4recf_dist import recommender
 from gru4recf_dist.checkpoint import complete_steps
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import assignment, storage
-from gru4recf_dist.data.shard_format import MANIFEST, read_manifest
-from gru4recf_dist.errors import UserError, exits_cleanly, report_from_every_rank
+from gru4recf_dist.data.shard_format import MANIFEST, POPULARITY, read_manifest
+from gru4recf_dist.errors import UserError, exits_cleanly
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.parallel.deepspeed_settings import deepspeed_settings
 from gru4recf_dist.trainer import Trainer, check_run_folder
@@ -40,13 +40,8 @@ def main(argv: list[str] | None = None, default_config: Path | None = None) -> i
     if arguments.check:
         print(check(config))
         return 0
-    ranks = process_ranks.start(config.device, config.timeout_seconds)
-    report_from_every_rank()
-    try:
+    with process_ranks.running(config.device, config.timeout_seconds) as ranks:
         result = Trainer(config, ranks).train()
-        process_ranks.wait_for_all(ranks)
-    finally:
-        process_ranks.stop()
     return EXIT_STOPPED if result is None else 0
 
 
@@ -58,10 +53,15 @@ def check(config: Config) -> str:
     """
     manifest = read_manifest(config.data)
     assignment.check_sizes(manifest.streams, config.batch_size, world=1)
-    recommender.feature_specs(config.model, manifest)
+    specs = recommender.feature_specs(config.model, manifest)
     if config.engine.name == "deepspeed":
         deepspeed_settings(config, world=1)
     check_run_folder(config, bool(complete_steps(storage.join(config.run_dir, "checkpoints"))))
+    features = [manifest.feature(spec.name) for spec in specs]
+    for name in [POPULARITY, *(part for feature in features for part in (feature.values, feature.indptr) if part)]:
+        url = storage.join(config.data, name)
+        if not storage.exists(url):
+            raise UserError(f"{url}: a part of the data set, and it is not there")
     for split, info in manifest.splits.items():
         for shard in info.shards:
             url = storage.join(config.data, shard.url)

@@ -6,7 +6,7 @@ import argparse
 
 from gru4recf_dist import config as configuration
 from gru4recf_dist import recommender
-from gru4recf_dist.checkpoint import Checkpoints, best_step, complete_steps
+from gru4recf_dist.checkpoint import Checkpoints
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.shard_format import Manifest, read_manifest
@@ -33,7 +33,8 @@ def read_config(run_dir: str, overrides: list[str]) -> Config:
     url = storage.join(run_dir, "config.yaml")
     if not storage.exists(url):
         raise UserError(f"--run: {run_dir} is not the folder of a run (it has no config.yaml)")
-    return configuration.load(url, [*overrides, f"run_dir={run_dir}"])
+    # Not as an override: OmegaConf would read a folder called 2024 as a number.
+    return configuration.load(url, overrides, training=False).model_copy(update={"run_dir": run_dir})
 
 
 def load_model(config: Config, ranks: Ranks) -> tuple[Recommender, Manifest]:
@@ -43,11 +44,10 @@ def load_model(config: Config, ranks: Ranks) -> tuple[Recommender, Manifest]:
         UserError: the run has no complete checkpoint, or its data set is gone.
     """
     checkpoints = Checkpoints(config.run_dir, ranks)
-    steps = complete_steps(checkpoints.folder)
-    if not steps:
+    newest, best = checkpoints.newest(), checkpoints.best()
+    if newest is None:
         raise UserError(f"--run: {config.run_dir} has no complete checkpoint")
-    best = best_step(checkpoints.folder)
     manifest = read_manifest(config.data)
-    model = recommender.build(config, manifest, ranks)
-    checkpoints.load(steps[-1] if best is None else best, None, model.encoder, model.table)
+    model = recommender.build(config, manifest, ranks, training=False)
+    checkpoints.load(newest if best is None else best, None, model.encoder, model.table)
     return model, manifest

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from gru4recf_dist import recommender, typed_yaml
-from gru4recf_dist.checkpoint import Checkpoints, best_step, complete_steps
+from gru4recf_dist.checkpoint import Checkpoints
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.batches import PackedBatch, pack_training
@@ -91,9 +91,9 @@ class Trainer:
         self.evaluator = Evaluator(config, self.manifest, self.popularity, ranks)
         self.checkpoints = Checkpoints(config.run_dir, ranks, config.checkpoint.keep_last)
         self.progress = Progress()
-        self.total_steps = total_steps(config, self.loader.steps_per_epoch)
         self._stop_requested = False
         self._resume()
+        self.total_steps = total_steps(config, self.loader, self.progress.step)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -118,6 +118,7 @@ class Trainer:
                 batch = pack_training(next(batches), config.loader.max_length, config.loader.context)
                 self._window.wait_seconds += time.perf_counter() - before
                 totals = self.step(batch)
+                progress.trained_seconds += time.perf_counter() - before
                 finished = progress.step >= self.total_steps
                 evaluate = self._evaluation_is_due(epoch_ended=left == 0, last=finished)
                 save = self._checkpoint_is_due(epoch_ended=left == 0) or finished or totals.stop
@@ -138,7 +139,6 @@ class Trainer:
         """One update of encoder and table with a global batch, of which this is the rank's part."""
         self.progress.step += 1
         step = self.progress.step
-        started = time.perf_counter()
         # Dropout depends on (seed, step, rank) alone: there is no generator state to save.
         torch.manual_seed(hash((self.config.seed, step, self.ranks.rank)) & 0x7FFFFFFFFFFFFFFF)
 
@@ -158,7 +158,6 @@ class Trainer:
         self._table_squared_norm = self.table.apply_gradients(self.config.table.lr * scale)
         self._learning_rate = self.config.optimizer.lr * scale
         self.progress.trained_events += int(totals.events)
-        self.progress.trained_seconds += time.perf_counter() - started
         return totals
 
     def _reduce(self, local_loss: torch.Tensor, batch: PackedBatch) -> _Totals:
@@ -190,7 +189,7 @@ class Trainer:
             "train/loss": window.loss / max(window.targets, 1.0),
             "train/lr": self._learning_rate,
             "train/gradient_norm": float(self._gradient_norm),
-            "train/epoch": step / self.loader.steps_per_epoch,
+            "train/epoch": self.loader.epochs_done,
             "table/gradient_norm": float(table_norm),
             "perf/events_per_second": window.events / seconds,
             "data/wait_share": window.wait_seconds / seconds,
@@ -228,9 +227,7 @@ class Trainer:
         if is_best:
             progress.best = value
         progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
-        shown = (
-            f"step {progress.step}, epoch {progress.step / self.loader.steps_per_epoch:.4g}: valid {name} {value:.4f}"
-        )
+        shown = f"step {progress.step}, epoch {self.loader.epochs_done:.4g}: valid {name} {value:.4f}"
         self.monitor.say(shown + (" (best so far)" if is_best else ""))
         # Time spent here is not the loop's.
         self._window.started += time.perf_counter() - started
@@ -242,7 +239,12 @@ class Trainer:
 
     def _save(self, is_best: bool) -> None:
         started = time.perf_counter()
-        state = {"progress": vars(self.progress), "loader": self.loader.state_dict()}
+        self._check_finite()
+        state = {
+            "progress": vars(self.progress),
+            "loader": self.loader.state_dict(),
+            "training_data": self.manifest.training_digest,
+        }
         self.checkpoints.save(self.progress.step, self.engine, self.table, state, is_best)
         seconds = time.perf_counter() - started
         self.monitor.scalars(self.progress.step, {"checkpoint/seconds": seconds})
@@ -250,44 +252,61 @@ class Trainer:
         self.monitor.flush()
         self._window.started += seconds
 
+    def _check_finite(self) -> None:
+        """A finite loss may have a gradient that is not: a checkpoint of what it left could never be resumed."""
+        weights = [self.table.weight, *self.model.encoder.parameters()]
+        broken = torch.stack([(~weight.detach().isfinite()).any() for weight in weights]).any().to(torch.int64)
+        if int(collectives.sum_over_ranks(broken, self.ranks.table)):
+            raise UserError(
+                f"step {self.progress.step}: the weights are not finite; this checkpoint was not written. "
+                "Try lower optimizer.lr and table.lr, or optimizer.clip"
+            )
+
     def _resume(self) -> None:
         """Go on from the newest complete checkpoint of the run folder, if there is one."""
-        steps = complete_steps(self.checkpoints.folder)
-        check_run_folder(self.config, bool(steps))
-        if steps:
-            state = self.checkpoints.load(steps[-1], self.engine, self.model.encoder, self.table)
+        newest = self.checkpoints.newest()
+        check_run_folder(self.config, newest is not None)
+        if newest is not None:
+            state = self.checkpoints.load(newest, self.engine, self.model.encoder, self.table)
+            if state["training_data"] != self.manifest.training_digest:
+                raise UserError(
+                    f"data: {self.config.data} is not the data set that the checkpoints in {self.config.run_dir} were "
+                    "made with; choose another run_dir"
+                )
             self.progress = Progress(**state["progress"])
             self.loader.load_state_dict(state["loader"])
 
     def _finish(self) -> dict:
         """Evaluate the best checkpoint and write `result.json`."""
         config, progress = self.config, self.progress
-        best = best_step(self.checkpoints.folder)
+        best = self.checkpoints.best()
         if best is not None and best != progress.step:
             self.checkpoints.load(best, None, self.model.encoder, self.table)
         result: dict = {}
         for split in ("valid", "test"):
             if self.manifest.splits[split].sessions:
                 result.update(self.evaluator.evaluate(self.model, split))
-        if self.ranks.is_first and config.evaluation.baselines and self.manifest.splits["test"].sessions:
-            result["baselines"] = evaluate_baselines(
-                config.data,
-                self.manifest,
-                self.popularity,
-                "test",
-                protocol_of(config, self.manifest),
-                config.evaluation.ks,
-            )
+        measured = [split for split in ("valid", "test") if split in result]
         result.update(
             steps=progress.step,
-            epochs=progress.step / self.loader.steps_per_epoch,
+            epochs=self.loader.epochs_done,
             best_step=best,
             events_per_second=progress.trained_events / max(progress.trained_seconds, 1e-9),
             world_size=self.ranks.world,
         )
         if self.ranks.is_first:
             storage.write_json(storage.join(config.run_dir, "result.json"), result)
-        measured = [split for split in ("valid", "test") if split in result]
+            if config.evaluation.baselines and self.manifest.splits["test"].sessions:
+                # One process counts these; should the others give up waiting on a large log, the result is there.
+                result["baselines"] = evaluate_baselines(
+                    config.data,
+                    self.manifest,
+                    self.popularity,
+                    "test",
+                    protocol_of(config, self.manifest),
+                    config.evaluation.ks,
+                )
+                storage.write_json(storage.join(config.run_dir, "result.json"), result)
         named = {f"result/{split}/{key}": value for split in measured for key, value in result[split].items()}
         self.monitor.finish(config, named)
         return result
@@ -302,9 +321,12 @@ class Trainer:
             signal.signal(number, request)
 
 
-def total_steps(config: Config, steps_per_epoch: int) -> int:
-    """Updates of the whole run: the nearer of ``max_epochs`` and ``max_steps``."""
-    by_epochs = math.inf if config.max_epochs is None else config.max_epochs * steps_per_epoch
+def total_steps(config: Config, loader: SessionLoader, step: int) -> int:
+    """Updates of the whole run, ``step`` of them made: the nearer of ``max_epochs`` and ``max_steps``.
+
+    The epochs are the loader's: after a resume with another batch size, steps made do not tell how many there were.
+    """
+    by_epochs = math.inf if config.max_epochs is None else step + loader.steps_until(config.max_epochs)
     by_steps = math.inf if config.max_steps is None else config.max_steps
     return int(min(by_epochs, by_steps))
 
@@ -313,8 +335,11 @@ def check_run_folder(config: Config, has_checkpoint: bool) -> None:
     """Whether the run folder can take this run.
 
     Raises:
-        UserError: it holds checkpoints and ``resume`` is ``never``, or they are of another model or data set.
+        UserError: it cannot be written; or it holds checkpoints and ``resume`` is ``never``, or they are of another
+            model.
     """
+    if not storage.is_writable(config.run_dir):
+        raise UserError(f"run_dir: {config.run_dir} is not a folder that can be written")
     if not has_checkpoint:
         return
     if config.resume == "never":
@@ -326,6 +351,8 @@ def check_run_folder(config: Config, has_checkpoint: bool) -> None:
         "precision": (before.precision, config.precision),
         "table.optimizer": (before.table.optimizer, config.table.optimizer),
         "optimizer.name": (before.optimizer.name, config.optimizer.name),
+        # A position in the epoch means nothing in another order.
+        "loader.shuffle_window": (before.loader.shuffle_window, config.loader.shuffle_window),
         **{
             f"model.{name}": (value, getattr(config.model, name))
             for name, value in before.model

@@ -19,7 +19,7 @@ from gru4recf_dist.errors import UserError
 class Section(BaseModel):
     """Base of every configuration section: unknown keys are errors, defaults are validated."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 Settings = TypeVar("Settings", bound=BaseModel)

@@ -149,6 +149,12 @@ class Manifest(_Strict):
                 raise ValueError(f"{shard.url}: stream {shard.stream} of {self.streams}")
         return self
 
+    @property
+    def training_digest(self) -> str:
+        """A checksum of the training shards, in their order: the same wherever the data set lies."""
+        checksums = "".join(shard.sha256 for shard in self.splits["train"].shards)
+        return hashlib.sha256(checksums.encode()).hexdigest()
+
     def feature(self, name: str) -> Feature:
         """The feature called ``name``; UserError with the known names if there is none."""
         for feature in self.features:

@@ -72,11 +72,15 @@ def read_blocks(data: str, info: ShardInfo) -> Iterator[Block]:
         wds.map(lambda sample: decode_block(sample, url)),
     )
     sessions = events = 0
+    # One block behind: the last is handed over only when the whole shard has been read and verified.
+    last: Block | None = None
     try:
         for block in pipeline:
             sessions += len(block.lengths)
             events += len(block.items)
-            yield block
+            if last is not None:
+                yield last
+            last = block
     except UserError:
         raise
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
@@ -85,3 +89,5 @@ def read_blocks(data: str, info: ShardInfo) -> Iterator[Block]:
         raise UserError(
             f"{url}: holds {sessions} sessions and {events} events, the manifest says {info.sessions} and {info.events}"
         )
+    if last is not None:
+        yield last

@@ -108,6 +108,16 @@ def make_folder(url: str) -> None:
     fs.makedirs(path, exist_ok=True)
 
 
+def is_writable(url: str) -> bool:
+    """Whether a local folder can be written, or made; True for other storage, which tells only when it is written."""
+    if not is_local(url):
+        return True
+    path = os.path.abspath(local_path(url))
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
+
+
 def remove_tree(url: str) -> None:
     """Remove a file or folder with all it holds; nothing happens if it is not there."""
     fs, path = filesystem(url)
@@ -158,10 +168,14 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
             raise
         stream.close()
         return
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
-        with open(temporary, "wb") as stream:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        opened = open(temporary, "wb")  # noqa: SIM115 (closed by the `with` below)
+    except OSError as error:
+        raise UserError(f"{url}: cannot be written ({error.strerror})") from error
+    try:
+        with opened as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

@@ -8,8 +8,10 @@ stream. Ranks and loader workers only divide the streams among themselves.
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -19,6 +21,8 @@ from gru4recf_dist.data import assignment, columns
 from gru4recf_dist.data.shard_format import Block, Manifest, ShardInfo
 from gru4recf_dist.data.shards import read_blocks
 from gru4recf_dist.errors import UserError
+
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
 
 
 class Stream:
@@ -170,6 +174,15 @@ class SessionLoader:
         """Global batches left in the current epoch, the same number on every rank."""
         return assignment.steps_left(self.sizes, self.positions, self.batch_size)
 
+    @property
+    def epochs_done(self) -> float:
+        """Epochs trained, with the fraction of the current one."""
+        return self.epoch + 1 - self.steps_left / self.steps_per_epoch
+
+    def steps_until(self, epochs: int) -> int:
+        """Global batches left until ``epochs`` epochs are done; 0 if they are."""
+        return max(0, (epochs - self.epoch - 1) * self.steps_per_epoch + self.steps_left)
+
     def __iter__(self) -> Iterator[Block]:
         """The rest of the current epoch: one block a step, possibly of no session; then the next epoch is current."""
         per_stream = self.batch_size // len(self.sizes)
@@ -193,7 +206,17 @@ class SessionLoader:
         # Preloaded, a worker starts in a tenth of a second; importing torch takes each of them seconds, every epoch.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        loaded = iter(DataLoader(parts, batch_size=None, num_workers=workers, multiprocessing_context=context))
+        loader = DataLoader(parts, batch_size=None, num_workers=workers, multiprocessing_context=context)
+        # torchrun and SLURM send stop signals to every process of the group. The trainer acts on them after its step,
+        # for which its workers must live on: they inherit this mask (a handler would not survive forkserver's exec).
+        unmasked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        try:
+            # The resource tracker inherits the mask too, but its start lifts the block of SIGTERM here.
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+            loaded = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
         for _ in range(steps):
             yield columns.concatenate([_unwrap(next(loaded)) for _ in range(workers)])
 

@@ -104,7 +104,7 @@ class Evaluator:
     def _gather(self, model: Recommender, batch: QueryBatch) -> _Queries:
         """Encode this rank's batch and put the ranks' queries together (vectors on the device, integers on the CPU)."""
         device, host = self.ranks.device, self.ranks.host
-        encoded = model.encode(batch.items.to(device), batch.batch_sizes)
+        encoded = model.encode(batch.items, batch.batch_sizes)
         vectors = encoded[batch.positions.to(device)]
         with torch.no_grad():
             routing = route(model.table.partition, batch.targets)

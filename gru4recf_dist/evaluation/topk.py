@@ -48,6 +48,9 @@ def top_k(
 
 
 def _local_top_k(queries, k, table, score, tile_rows, exclude_query, exclude_item):
+    if not len(table.own):
+        ids = torch.full((len(queries), k), PADDING_ID, dtype=torch.int64, device=queries.device)
+        return ids, torch.full(ids.shape, -torch.inf, dtype=torch.float64, device=queries.device)
     kept = k + _SPARE
     norms = queries.double().norm(dim=1)
     while True:

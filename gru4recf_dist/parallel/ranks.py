@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from gru4recf_dist.errors import UserError
+from gru4recf_dist.errors import UserError, report_from_every_rank
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ def start(device: str = "auto", timeout_seconds: int = 1800, init_method: str | 
     timeout = timedelta(seconds=timeout_seconds)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+        # cuDNN's RNNs use TF32 unless told otherwise: 1e-3 is not the fp32 that `precision` promises.
+        torch.backends.cudnn.rnn.fp32_precision = "ieee"
     if not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         if "RANK" in os.environ:
@@ -80,10 +85,38 @@ def start(device: str = "auto", timeout_seconds: int = 1800, init_method: str | 
     )
 
 
+@contextlib.contextmanager
+def running(device: str, timeout_seconds: int) -> Iterator[Ranks]:
+    """The ranks for the length of a program: joined at the start, left together at the end.
+
+    When the block raises, the group is left as it is: leaving it could block, and the error must get out.
+    """
+    ranks = start(device, timeout_seconds)
+    report_from_every_rank()
+    yield ranks
+    wait_for_all(ranks)
+    stop()
+
+
 def wait_for_all(ranks: Ranks) -> None:
     """Wait until every rank is here. A rank that leaves while others still use its sockets makes them fail."""
     if ranks.world > 1:
         dist.barrier(group=ranks.host)
+
+
+def from_first(ranks: Ranks, compute: Callable[[], Any]) -> Any:
+    """What ``compute`` returns on rank 0, on every rank; a `UserError` there is raised everywhere."""
+    answer: list[Any] = [None]
+    if ranks.is_first:
+        try:
+            answer = [compute()]
+        except UserError as error:
+            answer = [error]
+    if ranks.world > 1:
+        dist.broadcast_object_list(answer, src=0, group=ranks.host)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]
 
 
 def stop() -> None:

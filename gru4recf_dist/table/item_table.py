@@ -63,6 +63,7 @@ class ShardedItemTable:
         rows: N+1, padding row 0 included.
         seed: decides the initial rows, together with their global numbers.
         std: standard deviation of the initial rows; default: Xavier for the whole table.
+        training: False for a table that is only read: it has no optimizer, and none of its state.
     """
 
     def __init__(
@@ -74,13 +75,14 @@ class ShardedItemTable:
         seed: int,
         std: float | None = None,
         dtype: torch.dtype = torch.float32,
+        training: bool = True,
     ) -> None:
         self.rows, self.dim, self.ranks, self.config = rows, dim, ranks, config
         self.partition = RowPartition(rows, ranks.world)
         self.own = self.partition.range_of(ranks.rank)
         std = xavier_normal_std(rows, dim) if std is None else std
         self.weight = initial_rows(seed, self.own, dim, std, dtype).to(ranks.device)
-        self.optimizer = make_row_optimizer(self.weight, config)
+        self.optimizer = make_row_optimizer(self.weight, config) if training else None
         self._touched: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     # -- reading -----------------------------------------------------------------------------------------------------
@@ -145,10 +147,6 @@ class ShardedItemTable:
         self.optimizer.step(rows, gradient, lr)
         return squared
 
-    def drop_gradients(self) -> None:
-        """Forget what was read, as after a step that is not to count."""
-        self._touched.clear()
-
     def _coalesced(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Distinct local rows, int64 [U], and their gradients [U, D]."""
         touched = [(local, rows.grad) for local, rows in self._touched if rows.grad is not None]
@@ -165,7 +163,7 @@ class ShardedItemTable:
     def state_dict(self) -> dict[str, DTensor]:
         """The rows and their optimizer state as DTensors that share memory with the table: loading fills it."""
         mesh = DeviceMesh.from_group(self.ranks.dense, self.ranks.device.type)
-        tensors = {"weight": self.weight, **self.optimizer.state}
+        tensors = {"weight": self.weight, **(self.optimizer.state if self.optimizer else {})}
         return {name: self._as_dtensor(tensor, mesh) for name, tensor in tensors.items()}
 
     def _as_dtensor(self, local: torch.Tensor, mesh: DeviceMesh) -> DTensor:

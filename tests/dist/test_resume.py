@@ -121,7 +121,8 @@ def test_incomplete_checkpoints_are_passed_over_and_old_ones_removed(tmp_path, d
     (folder / "step-00000006" / "commit.json").unlink()
     ((first, _),) = run_ranks(1, resume, tmp_path, config)
     assert first == 4
-    assert not (folder / "step-00000006" / "commit.json").exists() or complete_steps(str(folder))[-1] == 9
+    assert complete_steps(str(folder)) == [8, 9]
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000008", "step-00000009"]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +137,24 @@ def test_a_run_folder_of_another_run_is_refused(tmp_path, data, override, says):
     run_ranks(1, train, tmp_path, small_config(data, tmp_path / "run", "max_steps=2"))
     with pytest.raises(RankFailed, match=says):
         run_ranks(1, resume, tmp_path, small_config(data, tmp_path / "run", "max_steps=4", override))
+
+
+def test_a_run_folder_of_another_data_set_is_refused(tmp_path, data):
+    run_ranks(1, train, tmp_path, small_config(data, tmp_path / "run", "max_steps=2"))
+    # As many items, sessions and streams, but other sessions.
+    write_dataset(str(tmp_path / "other"), random_sessions(7, 41, items=30), random_sessions(1, 9, 30))
+    with pytest.raises(RankFailed, match="is not the data set that the checkpoints"):
+        run_ranks(1, resume, tmp_path, small_config(tmp_path / "other", tmp_path / "run", "max_steps=4"))
+
+
+def test_epochs_are_counted_by_sessions_when_the_batch_size_changes_on_resume(tmp_path, data):
+    epochs = ("max_steps=null", "checkpoint.every_epochs=1")
+    run_ranks(1, train, tmp_path, small_config(data, tmp_path / "run", *epochs, "max_epochs=2"))
+    wider = small_config(data, tmp_path / "run", *epochs, "max_epochs=3", "batch_size=8")
+    ((first, _),) = run_ranks(1, resume, tmp_path, wider)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    # 2 epochs of 3 steps, and one of 6.
+    assert (first, result["steps"], result["epochs"]) == (6, 12, 3.0)
 
 
 def test_a_loss_that_is_not_finite_stops_every_rank_before_the_update(tmp_path, data):

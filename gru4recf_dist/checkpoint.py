@@ -20,7 +20,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, Fsspec
 from gru4recf_dist.data import storage
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.parallel.engines import Engine
-from gru4recf_dist.parallel.ranks import Ranks, from_first, wait_for_all
+from gru4recf_dist.parallel.ranks import Ranks, from_first
 from gru4recf_dist.table.item_table import ShardedItemTable
 
 COMMIT = "commit.json"
@@ -47,9 +47,9 @@ class Checkpoints:
         """
         url = self._url(step)
         # What an interrupted attempt left behind.
-        self._on_first(lambda: storage.remove_tree(url))
+        from_first(self.ranks, lambda: storage.remove_tree(url))
         if storage.is_local(url):
-            self._on_first(lambda: storage.make_folder(url))
+            from_first(self.ranks, lambda: storage.make_folder(url))
         with warnings.catch_warnings():
             # torch announces changes of its own internals here that are of no use to a person who trains.
             warnings.simplefilter("ignore")
@@ -59,7 +59,7 @@ class Checkpoints:
                 process_group=self.ranks.host,
             )
         commit = {"step": step, "table_steps": table.optimizer.steps, "world_size": self.ranks.world, "state": state}
-        self._on_first(lambda: self._commit(step, commit, best))
+        from_first(self.ranks, lambda: self._commit(step, commit, best))
 
     def newest(self) -> int | None:
         """Step of the newest complete checkpoint, None without one.
@@ -110,12 +110,6 @@ class Checkpoints:
 
     def _url(self, step: int) -> str:
         return storage.join(self.folder, f"{_PREFIX}{step:08d}")
-
-    def _on_first(self, action) -> None:
-        """Run on rank 0 while the others wait."""
-        if self.ranks.is_first:
-            action()
-        wait_for_all(self.ranks)
 
 
 def complete_steps(folder: str) -> list[int]:

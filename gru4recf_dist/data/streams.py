@@ -7,22 +7,19 @@ stream. Ranks and loader workers only divide the streams among themselves.
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 
 import numpy as np
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from gru4recf_dist.config import LoaderConfig
 from gru4recf_dist.data import assignment, columns
 from gru4recf_dist.data.shard_format import Block, Manifest, ShardInfo
 from gru4recf_dist.data.shards import read_blocks
+from gru4recf_dist.data.worker_processes import in_workers
 from gru4recf_dist.errors import UserError
-
-_STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
 
 
 class Stream:
@@ -201,24 +198,10 @@ class SessionLoader:
         if not workers:
             yield from parts
             return
-        # The DataLoader asks its workers in turn, and each yields one block a step: `workers` blocks are one step.
-        # forkserver: a fork of a process that runs gloo, NCCL or fsspec threads may hang.
-        # Preloaded, a worker starts in a tenth of a second; importing torch takes each of them seconds, every epoch.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        loader = DataLoader(parts, batch_size=None, num_workers=workers, multiprocessing_context=context)
-        # torchrun and SLURM send stop signals to every process of the group. The trainer acts on them after its step,
-        # for which its workers must live on: they inherit this mask (a handler would not survive forkserver's exec).
-        unmasked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-        try:
-            # The resource tracker inherits the mask too, but its start lifts the block of SIGTERM here.
-            resource_tracker.ensure_running()
-            signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-            loaded = iter(loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
-        for _ in range(steps):
-            yield columns.concatenate([_unwrap(next(loaded)) for _ in range(workers)])
+        # Each worker yields one block a step: `workers` blocks, asked for in turn, are one step.
+        with contextlib.closing(in_workers(parts, workers, preload=__name__)) as loaded:
+            for _ in range(steps):
+                yield columns.concatenate([_unwrap(next(loaded)) for _ in range(workers)])
 
     def state_dict(self) -> dict:
         return {"epoch": self.epoch, "positions": list(self.positions)}

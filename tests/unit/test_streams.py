@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 import uuid
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,32 +76,23 @@ def _loader(
 def workers_in_process(monkeypatch):
     """Loader workers without processes: each asked in turn for one block, as the DataLoader does."""
 
-    class InProcess:
-        def __init__(self, parts, *, batch_size, num_workers, **_):
-            assert batch_size is None
-            self.parts, self.workers = parts, num_workers
+    def in_process(parts, workers, preload):
+        iterators = [start(parts, worker, workers) for worker in range(workers)]
+        while True:
+            for iterator in iterators:
+                yield next(iterator)
 
-        def __iter__(self):
-            iterators = [self._start(worker) for worker in range(self.workers)]
-            while True:
-                for iterator in iterators:
-                    yield next(iterator)
+    def start(parts, worker, workers):
+        info = SimpleNamespace(id=worker, num_workers=workers)
+        iterator = iter(parts)
+        with monkeypatch.context() as patch:
+            # A generator looks at its worker when it first runs.
+            patch.setattr(streams, "get_worker_info", lambda: info)
+            first = next(iterator)
+        yield first
+        yield from iterator
 
-        def _start(self, worker):
-            info = SimpleNamespace(id=worker, num_workers=self.workers)
-            iterator = iter(self.parts)
-
-            def first_under_its_own_worker_info():
-                with monkeypatch.context() as patch:
-                    # A generator looks at its worker when it first runs.
-                    patch.setattr(streams, "get_worker_info", lambda: info)
-                    first = next(iterator)
-                yield first
-                yield from iterator
-
-            return first_under_its_own_worker_info()
-
-    monkeypatch.setattr(streams, "DataLoader", InProcess)
+    monkeypatch.setattr(streams, "in_workers", in_process)
 
 
 def _take(loader: SessionLoader, steps: int | None = None) -> list[list[int]]:
@@ -218,6 +212,17 @@ def test_worker_processes_end_with_the_epoch(on_disk):
     before = set(multiprocessing.active_children())
     _take(_loader(on_disk, workers=1))
     assert set(multiprocessing.active_children()) == before
+
+
+def test_program_ends_though_its_workers_are_not_through(on_disk):
+    """Python waits at its end for worker processes, which do not hear its SIGTERM."""
+    program = (
+        "import sys, tests.unit.test_streams as t\n"
+        "from gru4recf_dist.data.shard_format import read_manifest\n"
+        "iterator = iter(t._loader(t.DataSet(sys.argv[1], read_manifest(sys.argv[1]), {}), workers=2))\n"
+        "next(iterator)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, on_disk.data], check=True, timeout=60, cwd=Path(__file__).parents[2])
 
 
 def test_damaged_shard_in_a_worker_process_is_one_line_too(tmp_path):

@@ -1,0 +1,54 @@
+"""Loader worker processes: they live through the stop signals of their group, and end when their owner does."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import signal
+from collections.abc import Generator
+from multiprocessing import resource_tracker
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
+
+
+def in_workers(dataset: IterableDataset, workers: int, preload: str) -> Generator[Any]:
+    """What ``dataset`` yields in each of ``workers`` processes, asking them in turn.
+
+    The processes end when the generator is closed or the program ends.
+
+    Args:
+        preload: module that ``dataset`` comes from, imported once for all processes.
+    """
+    # forkserver: a fork of a process that runs gloo, NCCL or fsspec threads may hang.
+    # Preloaded, a worker starts in a tenth of a second; importing torch takes each of them seconds, every epoch.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([preload])
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context=context)
+    others = set(multiprocessing.active_children())
+    # torchrun and SLURM send stop signals to every process of the group. The trainer acts on them after its step,
+    # for which its workers must live on: they inherit this mask (a handler would not survive forkserver's exec).
+    unmasked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        # The resource tracker inherits the mask too, but its start lifts the block of SIGTERM here.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        loaded = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
+    processes = set(multiprocessing.active_children()) - others
+
+    def end() -> None:
+        # At its end Python sends SIGTERM to the processes left over and waits: for ever, as they block that signal.
+        loaded._shutdown_workers()
+        for process in processes:
+            process.kill()
+
+    atexit.register(end)
+    try:
+        yield from loaded
+    finally:
+        atexit.unregister(end)
+        end()

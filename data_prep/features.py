@@ -272,7 +272,7 @@ def _write_token_seq(
 def _write_float(
     engine: Engine, column: ir.Table, items: int, data: str, feature: FeatureRecipe
 ) -> tuple[Feature, np.ndarray]:
-    number = column.value.try_cast("float64") if isinstance(column.value.type(), dt.String) else column.value
+    number = engine.number(column.value) if isinstance(column.value.type(), dt.String) else column.value
     numbers = column.select("id", "popularity", value=number)
     usable = numbers.filter(numbers.value.notnull() & ~numbers.value.isnan() & ~numbers.value.isinf())
     values = np.zeros(items + 1, dtype=np.float64)

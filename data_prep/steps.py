@@ -10,25 +10,22 @@ import ibis
 import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
 
-from data_prep.engine import Engine
+from data_prep.engine import MICROSECONDS, Engine
 from data_prep.sources import TRAIN
 
-MICROSECONDS = 1_000_000
 
-
-def judged(raw: ir.Table, time_format: str) -> ir.Table:
+def judged(engine: Engine, raw: ir.Table, time_format: str) -> ir.Table:
     """Raw rows with `parsed` (the time as a number) and `reason`: why a row is bad, null for a good one."""
     time = raw.time
     if not isinstance(time.type(), dt.String):
         parsed = time
     elif time_format == "datetime":
-        utc = time.try_cast(dt.Timestamp(timezone="UTC")).cast("timestamp")
-        parsed = utc.epoch_seconds().cast("int64") * MICROSECONDS + utc.microsecond().cast("int64")
+        parsed = engine.microseconds(time)
     elif time_format == "integer":
         # Engines round "1.5" when they cast it.
-        parsed = ibis.ifelse(time.re_search(r"^\s*[+-]?[0-9]+\s*$"), time, ibis.null("string")).try_cast("int64")
+        parsed = ibis.ifelse(time.re_search(r"^\s*[+-]?[0-9]+\s*\z"), time, ibis.null("string")).try_cast("int64")
     else:
-        parsed = time.try_cast("float64")
+        parsed = engine.number(time)
     if isinstance(parsed.type(), dt.Floating):
         parsed = ibis.ifelse(parsed.isnan() | parsed.isinf(), ibis.null("float64"), parsed)
 

@@ -104,7 +104,10 @@ class DuckDBEngine:
         return text.try_cast("float64")
 
     def microseconds(self, text: ir.StringValue) -> ir.IntegerValue:
-        utc = text.try_cast(dt.Timestamp(timezone="UTC")).cast("timestamp")
+        # A zone's name (letters other than those of 2024-01-02T03:04Z) sets the zone of the dates after it, too, that
+        # DuckDB casts with it: those with a name are cast apart, where each names its own.
+        moment = text.try_cast(dt.Timestamp(timezone="UTC"))
+        utc = ibis.ifelse(text.re_search("[A-SU-Ya-z]"), moment, moment).cast("timestamp")
         return utc.epoch_seconds().cast("int64") * MICROSECONDS + utc.microsecond().cast("int64")
 
     @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -82,6 +83,12 @@ class Engine(Protocol):
 
     def microseconds(self, text: ir.StringValue) -> ir.IntegerValue:
         """A date as text (UTC where it names no offset) in microseconds since 1970; null where it is no date."""
+
+
+def finite(number: ir.FloatingValue) -> ir.BooleanValue:
+    """Whether a number is neither infinite nor NaN; null stays null."""
+    # All engines hold NaN to be more than any number. (ibis' own `isinf` is always false on Spark.)
+    return number.abs() <= sys.float_info.max
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from data_prep import readers
 from data_prep.bad_rows import BadRows
 from data_prep.columns import Column, Request
-from data_prep.engine import Engine
+from data_prep.engine import Engine, finite
 from data_prep.recipe import FeatureRecipe, Layout, Recipe
 from data_prep.sources import recbole_name, resolve
 from gru4recf_dist.data import storage
@@ -274,7 +274,7 @@ def _write_float(
 ) -> tuple[Feature, np.ndarray]:
     number = engine.number(column.value) if isinstance(column.value.type(), dt.String) else column.value
     numbers = column.select("id", "popularity", value=number)
-    usable = numbers.filter(numbers.value.notnull() & ~numbers.value.isnan() & ~numbers.value.isinf())
+    usable = numbers.filter(finite(numbers.value))
     values = np.zeros(items + 1, dtype=np.float64)
     present = np.zeros(items + 1, dtype=bool)
     trained = np.zeros(items + 1, dtype=bool)

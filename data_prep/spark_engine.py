@@ -117,12 +117,13 @@ class SparkEngine:
         stored = from_arrow_schema(schema.append(pa.field(spark_tasks.BAD, pa.string())))
         # One partition a file: a file is read from its start, in one piece, for its rows to be numbered.
         numbers = self._session.range(0, files, 1, files)
-        everything = self._write(f"{name}_read", numbers.mapInArrow(spark_tasks.reading(read, schema), stored))
+        everything = self._write(name, numbers.mapInArrow(spark_tasks.reading(read, schema), stored))
         rows = everything.where(f"{spark_tasks.BAD} IS NULL").drop(spark_tasks.BAD)
         rows.createOrReplaceTempView(name)
-        everything.where(f"{spark_tasks.BAD} IS NOT NULL").createOrReplaceTempView(f"{name}_bad")
-        self._paths[name] = self._paths.pop(f"{name}_read")
-        return self._ibis.table(name), StoredBadRows(self, self._ibis.table(f"{name}_bad"))
+        # In files of their own, since the rows are dropped long before the end.
+        bad = everything.where(f"{spark_tasks.BAD} IS NOT NULL").select("file", "ordinal", spark_tasks.BAD)
+        self._write(f"{name}_unread", bad).createOrReplaceTempView(f"{name}_unread")
+        return self._ibis.table(name), StoredBadRows(self, self._ibis.table(f"{name}_unread"))
 
     def keep(self, name: str, expression: ir.Table) -> ir.Table:
         self._write(name, self._frame(expression)).createOrReplaceTempView(name)

@@ -47,6 +47,10 @@ def explained() -> Iterator[None]:
             line = "temporary_folder: no space left on device"
         if line is None and "OutOfMemoryError" in message:
             line = "spark.settings: too little memory (spark.driver.memory, spark.executor.memory)"
+        if line is None and "No module named 'data_prep'" in message:
+            line = "spark: the executors have no package data_prep: install this project into their Python"
+        if line is None and "PYTHON_VERSION_MISMATCH" in message:
+            line = "spark: the executors have another version of Python: set PYSPARK_PYTHON to one like the driver's"
         if line is None:
             raise
         # Spark's own text is pages long and says no more.
@@ -65,15 +69,12 @@ def start(settings: Spark, folder: str | None) -> tuple[SparkSession, bool]:
     Raises:
         UserError: pyspark or Java is missing, or the cluster cannot be reached.
     """
+    # Nothing here goes through pandas.
+    warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)
     try:
-        with warnings.catch_warnings():
-            # Nothing here goes through pandas.
-            warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)
-            import ibis.backends.pyspark  # noqa: F401 (imports pandas support here, where the warning is silenced)
-            from pyspark.sql import SparkSession
+        from pyspark.sql import SparkSession
     except ImportError as error:
-        missing = error.name or "pyspark"
-        raise UserError(f"engine: spark needs the package {missing}: pip install 'gru4recf-dist[spark]'") from error
+        raise UserError("engine: spark needs the package pyspark: pip install 'gru4recf-dist[spark]'") from error
     running = SparkSession.getActiveSession()
     session = (running or _application(settings, folder)).newSession()
     for key, value in {**QUERY_SETTINGS, **_partitions(settings, session), **settings.settings}.items():

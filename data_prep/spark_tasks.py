@@ -47,7 +47,7 @@ def _told() -> Iterator[None]:
 
 
 def reading(read: FileReader, schema: pa.Schema) -> Callable[[Batches], Batches]:
-    """Files by their number (column `id`) -> their rows in ``schema`` and, in one more column, lines that are no rows."""
+    """Files by their number (column `id`) -> rows in ``schema`` with one more column for lines that are no rows."""
     stored = schema.append(pa.field(BAD, pa.string()))
 
     def run(batches: Batches) -> Batches:

@@ -10,7 +10,7 @@ import ibis
 import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
 
-from data_prep.engine import MICROSECONDS, Engine
+from data_prep.engine import Engine, finite
 from data_prep.sources import TRAIN
 
 
@@ -27,7 +27,7 @@ def judged(engine: Engine, raw: ir.Table, time_format: str) -> ir.Table:
     else:
         parsed = engine.number(time)
     if isinstance(parsed.type(), dt.Floating):
-        parsed = ibis.ifelse(parsed.isnan() | parsed.isinf(), ibis.null("float64"), parsed)
+        parsed = ibis.ifelse(finite(parsed), parsed, ibis.null("float64"))
 
     def absent(column: ir.Column) -> ir.BooleanValue:
         empty = column == "" if isinstance(column.type(), dt.String) else ibis.literal(False)

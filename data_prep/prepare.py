@@ -246,7 +246,7 @@ class _Preparation:
     def _write_split(self, name: str, table: ir.Table, streams: int, data: str) -> SplitInfo:
         total = next(row["events"] for row in self.report.rows if row.get("step") == f"split: {name}")
         write = functools.partial(
-            _written,
+            writer.write_described,
             data=data,
             split=name,
             streams=streams,
@@ -263,9 +263,3 @@ class _Preparation:
                 shards.append(ShardInfo.model_validate_json(text))
                 bar.update(shards[-1].events)
         return writer.split_info(shards)
-
-
-def _written(batches: Iterator[pa.RecordBatch], **settings: Any) -> Iterator[str]:
-    """Write shards wherever the engine works, and describe them."""
-    for shard in writer.write_shards(batches, **settings):
-        yield shard.model_dump_json()

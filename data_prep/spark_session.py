@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -47,8 +48,9 @@ def explained() -> Iterator[None]:
             line = "temporary_folder: no space left on device"
         if line is None and "OutOfMemoryError" in message:
             line = "spark.settings: too little memory (spark.driver.memory, spark.executor.memory)"
-        if line is None and "No module named 'data_prep'" in message:
-            line = "spark: the executors have no package data_prep: install this project into their Python"
+        missing = re.search("ModuleNotFoundError: No module named '([^']+)'", message)
+        if line is None and missing:
+            line = f"spark: the executors have no package {missing[1]}: install this project into their PYSPARK_PYTHON"
         if line is None and "PYTHON_VERSION_MISMATCH" in message:
             line = "spark: the executors have another version of Python: set PYSPARK_PYTHON to one like the driver's"
         if line is None:
@@ -72,15 +74,22 @@ def start(settings: Spark, folder: str | None) -> tuple[SparkSession, bool]:
     # Nothing here goes through pandas.
     warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)
     try:
+        from pyspark.errors import PySparkException
         from pyspark.sql import SparkSession
     except ImportError as error:
         raise UserError("engine: spark needs the package pyspark: pip install 'gru4recf-dist[spark]'") from error
     running = SparkSession.getActiveSession()
-    session = (running or _application(settings, folder)).newSession()
-    for key, value in {**QUERY_SETTINGS, **_partitions(settings, session), **settings.settings}.items():
-        # The others are of the application, which has them already.
-        if key.startswith("spark.sql.") and session.conf.isModifiable(key):
-            session.conf.set(key, value)
+    application = running or _application(settings, folder)
+    try:
+        session = application.newSession()
+        for key, value in {**QUERY_SETTINGS, **_partitions(settings, session), **settings.settings}.items():
+            # The others are of the application, which has them already.
+            if key.startswith("spark.sql.") and session.conf.isModifiable(key):
+                session.conf.set(key, value)
+    except PySparkException as error:
+        if running is None:
+            application.stop()
+        raise UserError(f"spark.settings: {_reason(error)}") from error
     return session, running is None
 
 
@@ -131,4 +140,6 @@ def _reason(error: Exception) -> str:
     """What Java's exception says, without its name and stack trace."""
     lines = [line.strip(" :.") for line in str(error).splitlines() if line.strip(" :.")]
     java = next((line for line in lines if "Exception: " in line), lines[0] if lines else type(error).__name__)
-    return java.split("Exception: ", 1)[-1]
+    reason = java.split("Exception: ", 1)[-1]
+    # Spark gives up on a cluster by stopping itself.
+    return "no answer from it" if "stopped SparkContext" in reason else reason

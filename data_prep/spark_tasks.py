@@ -6,12 +6,16 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from data_prep.bad_rows import BadRows
-from data_prep.engine import FileReader, SortedTask
 from gru4recf_dist.errors import UserError
+
+if TYPE_CHECKING:
+    # Not to be imported by executors, which have no use for ibis.
+    from data_prep.engine import FileReader, SortedTask
 
 # The column of a staged table that holds lines that are no rows, as JSON; null for rows.
 BAD = "bad_row"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -70,8 +71,15 @@ def write_shards(
         yield write_shard(data, url, stream_number, list(_blocks(sessions, block_sessions)), targets)
 
 
+def write_described(batches: Iterator[pa.RecordBatch], **settings: Any) -> Iterator[str]:
+    """`write_shards` for a task of an engine: a `ShardInfo` as JSON a shard."""
+    for shard in write_shards(batches, **settings):
+        yield shard.model_dump_json()
+
+
 def split_info(shards: list[ShardInfo]) -> SplitInfo:
     """A split from its shards, which are brought into their order: by stream, then by number in the stream."""
+    assert len({shard.url for shard in shards}) == len(shards), "an engine wrote a shard twice, each time a part of it"
     # The names of a stream's shards are numbers that only grow longer.
     shards = sorted(shards, key=lambda shard: (shard.stream, len(shard.url), shard.url))
     return SplitInfo(

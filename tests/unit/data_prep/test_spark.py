@@ -57,6 +57,45 @@ def session(tmp_path_factory):
     session.stop()
 
 
+def test_missing_java_is_one_line(monkeypatch, tmp_path):
+    """Asked of a process without a running application, which this one is not."""
+    from data_prep import spark_session
+
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"^engine: spark needs Java, 17 or later: .*JAVA_HOME"):
+        spark_session._application(Spark(), None)
+
+
+def test_setting_that_spark_refuses_is_one_line(tmp_path):
+    from data_prep import spark_session
+
+    settings = Spark(master="local[2]", settings={"spark.sql.shuffle.partitions": "many"})
+    with pytest.raises(UserError, match=r"^spark.settings: [^\n]*'many'[^\n]*$"):
+        spark_session.start(settings, None)
+
+
+def test_errors_of_executors_in_one_line():
+    """Spark's texts as they are; all of its pages otherwise."""
+    from pyspark.errors import PySparkException
+
+    from data_prep import spark_session, spark_tasks
+
+    ours = 'a.csv: "quoted"'
+    lines = {
+        f"Job aborted\n at org.x\n{spark_tasks.TaskError(ours)}\n at org.y": ours,
+        "Traceback\nModuleNotFoundError: No module named 'pyarrow'\n": "spark: the executors have no package pyarrow",
+        "java.io.IOException: No space left on device\n\tat": "temporary_folder: no space left on device",
+    }
+    for message, line in lines.items():
+        with pytest.raises(UserError) as error, spark_session.explained():
+            raise PySparkException(message)
+        assert str(error.value).startswith(line)
+        assert "\n" not in str(error.value)
+    with pytest.raises(PySparkException), spark_session.explained():
+        raise PySparkException("a bug of ours")
+
+
 def files_of(folder) -> dict[str, bytes]:
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
@@ -190,7 +229,6 @@ def test_error_on_an_executor_is_the_same_line(tmp_path):
 
 def test_shard_that_cannot_be_written_is_one_line(tmp_path):
     """An error of storage on an executor."""
-    from data_prep import spark_tasks
     from data_prep.engine import open_engine
     from tests.unit.data_prep.prepared import make
 
@@ -207,4 +245,3 @@ def test_shard_that_cannot_be_written_is_one_line(tmp_path):
         table = engine.stage("rows", pa.schema({"number": pa.int64()}), iter([pa.table({"number": [1, 2]})]))
         with pytest.raises(UserError, match=r"^[^\n]*file/shard.tar: cannot be written \(File exists\)$"):
             list(engine.run_sorted(table, ["number"], ["number"], ["number"], task))
-    assert spark_tasks.user_line("java.lang.RuntimeException: of Spark itself") is None

@@ -10,12 +10,13 @@ from gru4recf_dist.data.shard_format import read_manifest
 from gru4recf_dist.data.streams import SessionLoader
 
 
-def main(data: str, workers: str, *overrides: str) -> None:
+def read_epoch(data: str, workers: int, *overrides: str) -> list[int]:
+    """The numbers of an epoch's sessions in the order in which one rank gets them."""
     settings = [f"data={data}", "run_dir=unused", "batch_size=16", f"loader.workers={workers}", *overrides]
     config = configuration.load(None, settings)
     loader = SessionLoader(data, read_manifest(data), config.loader, config.batch_size, config.seed, rank=0, world=1)
-    print(json.dumps([int(number) for block in loader for number in block.sessions]))
+    return [int(number) for block in loader for number in block.sessions]
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    print(json.dumps(read_epoch(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])))

@@ -37,7 +37,8 @@ class Faults:
     def requestheaders(self, flow: http.HTTPFlow) -> None:
         fault = self._choose(flow.request)
         flow.metadata["fault"] = fault
-        self._log.write(json.dumps({"method": flow.request.method, "path": flow.request.path, "fault": fault}) + "\n")
+        asked = {"method": flow.request.method, "path": flow.request.path, "range": flow.request.headers.get("Range")}
+        self._log.write(json.dumps({**asked, "fault": fault}) + "\n")
 
     async def request(self, flow: http.HTTPFlow) -> None:
         fault = flow.metadata["fault"]

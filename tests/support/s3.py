@@ -22,7 +22,7 @@ from tests.support.tethered import TetheredServer
 ROOT = Path(__file__).parents[2]
 BUCKET = "bucket"
 # One request in twenty.
-SHARES = {"slow_down": 0.02, "drop": 0.012, "truncate": 0.012, "stall": 0.006}
+SHARES = {"slow_down": 0.016, "drop": 0.012, "truncate": 0.012, "stall": 0.01}
 _START_SECONDS = 30
 _START_ATTEMPTS = 3
 
@@ -68,7 +68,7 @@ class FaultyS3(S3):
     log: Path = Path()
 
     def requests(self, prefix: str) -> list[dict]:
-        """Requests for what is under `BUCKET/prefix`, in their order: `method`, `path`, `fault` (None: none)."""
+        """Requests for what is under `BUCKET/prefix`, in their order: `method`, `path`, `range`, `fault` (None: none)."""
         lines = [json.loads(line) for line in self.log.read_text().splitlines()]
         return [line for line in lines if f"/{BUCKET}/{prefix}" in line["path"]]
 
@@ -84,7 +84,7 @@ def running_server() -> Iterator[S3]:
     weed = _program("weed", Path(sysconfig.get_path("scripts")) / "weed", "pip install -e '.[dev]'")
     with _folder() as folder:
         for attempt in range(1, _START_ATTEMPTS + 1):
-            ports = _free_ports(10)
+            ports = free_ports(10)
             s3 = S3(f"http://127.0.0.1:{ports[0]}")
             data = folder / f"attempt-{attempt}"
             data.mkdir()
@@ -110,7 +110,7 @@ def running_fault_proxy(s3: S3, seed: int, stall_seconds: float) -> Iterator[Fau
         settings = {"seed": seed, "shares": SHARES, "stall_seconds": stall_seconds, "log": str(log)}
         (folder / "faults.json").write_text(json.dumps(settings))
         for attempt in range(1, _START_ATTEMPTS + 1):
-            (port,) = _free_ports(1)
+            (port,) = free_ports(1)
             faulty = FaultyS3(f"http://127.0.0.1:{port}", s3.key, s3.secret, log)
             options = {
                 "confdir": folder / "mitmproxy",
@@ -151,7 +151,7 @@ def _program(name: str, path: Path, how: str) -> str:
     return found
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Different ports that nobody listens at now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]

@@ -68,7 +68,7 @@ class FaultyS3(S3):
     log: Path = Path()
 
     def requests(self, prefix: str) -> list[dict]:
-        """Requests for what is under `BUCKET/prefix`, in their order: `method`, `path`, `range`, `fault` (None: none)."""
+        """Requests for what is under `BUCKET/prefix`, in their order: `method`, `path`, `range`, `fault` (or None)."""
         lines = [json.loads(line) for line in self.log.read_text().splitlines()]
         return [line for line in lines if f"/{BUCKET}/{prefix}" in line["path"]]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 from typing import Literal
 
@@ -44,8 +43,9 @@ class Layout(Section):
         if self.format in ("jsonl", "parquet"):
             raise ValueError(f"encoding needs format recbole, csv or tsv, not {self.format}")
         try:
-            codecs.lookup(self.encoding)
-        except LookupError as error:
+            # Unlike a look-up this also refuses codecs of something else than text, such as zip.
+            " ".encode(self.encoding)
+        except (LookupError, UnicodeError) as error:
             raise ValueError(f"encoding '{self.encoding}' is not known") from error
         return self
 

@@ -43,7 +43,7 @@ def item_tables(recipe: Recipe) -> list[FeatureTable]:
         features = [feature for feature in recipe.features if feature.npy is None and feature.table == name]
         if features:
             key = "items" if name is None else f"item_tables.{name}"
-            tables.append(FeatureTable(key, recipe, settings, features))
+            tables.append(FeatureTable(key, len(tables), recipe, settings, features))
     return tables
 
 
@@ -54,14 +54,19 @@ class FeatureTable:
         kinds: feature name -> token, token_seq, float or vector.
     """
 
-    def __init__(self, key: str, recipe: Recipe, settings: ItemTable, features: list[FeatureRecipe]) -> None:
+    def __init__(
+        self, key: str, number: int, recipe: Recipe, settings: ItemTable, features: list[FeatureRecipe]
+    ) -> None:
         self._key = key
+        # Names of tables and features may hold what an engine does not take in a name: it sees numbers.
+        self._staged = f"item_table_{number}"
         self._settings = settings
         self._layout = _layout(recipe, settings)
         self._urls = self._find_files(recipe)
         kinds = [self._kind(feature) for feature in features]
         self.kinds = {feature.name: kind for feature, kind in zip(features, kinds, strict=True)}
-        self._values = [_Value.of(feature, kind) for feature, kind in zip(features, kinds, strict=True)]
+        pairs = zip(features, kinds, strict=True)
+        self._values = [_Value.of(feature, kind, f"value_{n}") for n, (feature, kind) in enumerate(pairs)]
         # A missing column shows in the first rows.
         next(self._rows(), None)
 
@@ -98,7 +103,7 @@ class FeatureTable:
         Raises:
             UserError: no row of a long table has a feature's property.
         """
-        staged = engine.stage(self._key.replace(".", "_"), self._schema(), self._rows())
+        staged = engine.stage(self._staged, self._schema(), self._rows())
         if self._settings.property is None:
             joined = self._joined(engine, "described", staged, catalog)
             return {value.name: self._column(joined, value) for value in self._values}
@@ -122,7 +127,7 @@ class FeatureTable:
             chosen = ranked.filter(ranked.rank == 0)
         values = chosen.select("item", *(value.staged for value in self._values))
         joined = catalog.select("id", "popularity", item="token").join(values, "item")
-        return engine.keep(f"{self._key.replace('.', '_')}_{name}", joined)
+        return engine.keep(f"{self._staged}_{name}", joined)
 
     @staticmethod
     def _column(joined: ir.Table, value: _Value) -> ir.Table:
@@ -181,9 +186,7 @@ class _Value:
     clean: Callable[[str], str | None] | None
 
     @classmethod
-    def of(cls, feature: FeatureRecipe, kind: str) -> _Value:
-        # Names of features may hold a dash, and may be those of our own columns.
-        staged = "value_" + feature.name
+    def of(cls, feature: FeatureRecipe, kind: str, staged: str) -> _Value:
         return cls(feature.name, kind, feature.column or feature.name, feature.separator, staged, _cleaner(feature))
 
     @property

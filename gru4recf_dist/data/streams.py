@@ -21,7 +21,6 @@ from gru4recf_dist.data.shards import read_blocks
 from gru4recf_dist.data.worker_processes import in_workers
 from gru4recf_dist.errors import UserError
 
-
 # Sessions that are taken from the streams at a time: taken one by one, Python calls would cost more than the events.
 SESSIONS_AT_A_TIME = 16384
 

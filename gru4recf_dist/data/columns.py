@@ -40,10 +40,26 @@ def select(block: Block, order: np.ndarray) -> Block:
 
 def slice_sessions(block: Block, start: int, stop: int) -> Block:
     """The block's sessions from ``start`` to ``stop`` (exclusive)."""
-    ends = np.concatenate([[0], np.cumsum(block.lengths, dtype=np.int64)])
-    stop = min(stop, len(block.lengths))
+    first = int(block.lengths[:start].sum(dtype=np.int64))
+    last = first + int(block.lengths[start:stop].sum(dtype=np.int64))
     return Block(
-        items=block.items[ends[start] : ends[stop]],
+        items=block.items[first:last],
         lengths=block.lengths[start:stop],
         sessions=block.sessions[start:stop],
     )
+
+
+def interleave(blocks: list[Block], count: int, parts: int) -> list[Block]:
+    """``parts`` blocks, each with the next ``count`` sessions of every given block in turn (fewer where one ends)."""
+    sizes = np.array([len(block.lengths) for block in blocks], np.int64)
+    part = ragged_arange(sizes) // count
+    # Stable: within a part, sessions stay in the order of the given blocks.
+    joined = select(concatenate(blocks), np.argsort(part, kind="stable"))
+    bounds = np.cumsum(np.bincount(part, minlength=parts))
+    ends = np.concatenate([[0], np.cumsum(joined.lengths, dtype=np.int64)])[np.concatenate([[0], bounds])]
+    return [
+        Block(joined.items[events:next_events], joined.lengths[start:stop], joined.sessions[start:stop])
+        for start, stop, events, next_events in zip(
+            [0, *bounds[:-1].tolist()], bounds.tolist(), ends[:-1].tolist(), ends[1:].tolist(), strict=True
+        )
+    ]

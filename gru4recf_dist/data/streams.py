@@ -21,6 +21,9 @@ from gru4recf_dist.data.shards import read_blocks
 from gru4recf_dist.data.worker_processes import in_workers
 from gru4recf_dist.errors import UserError
 
+# Sessions that are taken from the streams at a time: taken one by one, Python calls would cost more than the events.
+SESSIONS_AT_A_TIME = 16384
+
 
 class Stream:
     """One stream's sessions of one epoch, from a position on.
@@ -126,15 +129,18 @@ class _StreamParts(IterableDataset):
             )
             for stream in mine
         ]
-        for _ in range(self.steps):
+        at_a_time = max(1, SESSIONS_AT_A_TIME // (self.per_stream * len(mine)))
+        for done in range(0, self.steps, at_a_time):
+            steps = min(at_a_time, self.steps - done)
             try:
-                yield columns.concatenate([block for stream in streams for block in stream.take(self.per_stream)])
+                taken = [columns.concatenate(stream.take(self.per_stream * steps)) for stream in streams]
             except UserError as error:
                 # An exception that leaves a worker process comes back with that process's traceback as its text.
                 if info is None:
                     raise
                 yield _Failure(str(error))
                 return
+            yield from columns.interleave(taken, self.per_stream, steps)
 
 
 class SessionLoader:

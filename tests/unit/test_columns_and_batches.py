@@ -79,6 +79,17 @@ def test_concatenate_joins_in_order(parts):
     assert (joined.items.dtype, joined.lengths.dtype, joined.sessions.dtype) == (np.int32, np.int32, np.int64)
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(sessions_lists, min_size=1, max_size=4), st.integers(1, 3))
+def test_interleave_deals_parts_of_every_block_in_turn(blocks, count):
+    parts = max(1, max(-(-len(block) // count) for block in blocks)) + 1
+    dealt = columns.interleave([_block(block) for block in blocks], count, parts)
+    expected = [[s for block in blocks for s in block[p * count : (p + 1) * count]] for p in range(parts)]
+    assert [_to_sessions(part) for part in dealt] == expected
+    numbers = [[i for block in blocks for i in range(len(block))[p * count : (p + 1) * count]] for p in range(parts)]
+    assert [part.sessions.tolist() for part in dealt] == numbers
+
+
 # Windows
 
 

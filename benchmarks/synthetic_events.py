@@ -1,0 +1,90 @@
+"""Synthetic click logs of realistic shape: Zipf items, geometric session lengths. Made in chunks, never all at once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from data_prep import writer
+from gru4recf_dist.data.shard_format import Manifest, SplitInfo, write_manifest
+
+MEAN_LENGTH, LONGEST = 8, 200
+ITEMS = 1_000_000
+ZIPF_EXPONENT = 1.1
+# Sessions made at a time.
+CHUNK_SESSIONS = 1 << 17
+SECONDS_BETWEEN_SESSIONS = 0.05
+
+
+def sessions(events: int, seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Chunks of sessions, together about ``events`` events: items int32 [E] and lengths int32 [n], at least 2 each."""
+    generator = np.random.default_rng(seed)
+    mass = np.cumsum(np.arange(1, ITEMS + 1, dtype=np.float64) ** -ZIPF_EXPONENT)
+    left = round(events / MEAN_LENGTH)
+    while left:
+        count = min(left, CHUNK_SESSIONS)
+        left -= count
+        # A geometric variable starts at 1; two events are the least that have a target.
+        lengths = np.minimum(1 + generator.geometric(1 / (MEAN_LENGTH - 1), count), LONGEST).astype(np.int32)
+        draws = generator.random(int(lengths.sum())) * mass[-1]
+        yield np.searchsorted(mass, draws).astype(np.int32) + 1, lengths
+
+
+def write_dataset(data: str, events: int) -> Manifest:
+    """A data set of training sessions alone, with as many streams as preparation would choose."""
+    chunks = list(sessions(events))
+    items, lengths = (np.concatenate([chunk[i] for chunk in chunks]) for i in (0, 1))
+    streams = writer.choose_streams(len(lengths))
+    session_streams = np.sort(np.arange(len(lengths)) % streams)
+    arriving = pa.record_batch(
+        {
+            "stream": np.repeat(session_streams, lengths),
+            "number": np.repeat(np.arange(len(lengths)), lengths),
+            "item": items,
+        }
+    )
+    train = writer.write_split(
+        data, "train", iter([arriving]), shard_sessions=65536, block_sessions=1024, last_event_only=False
+    )
+    empty = SplitInfo(sessions=0, events=0, targets=0, shards=[])
+    splits = {"train": train, "valid": empty, "test": empty}
+    manifest = Manifest(
+        name="synthetic", seed=0, items=ITEMS, streams=streams, protocol="every_position", splits=splits
+    )
+    write_manifest(data, manifest)
+    return manifest
+
+
+def write_log(path: str, events: int) -> None:
+    """A raw log as `.csv` or `.parquet`: columns session_id, item_id (text) and timestamp, in the order of time."""
+    schema = pa.schema({"session_id": pa.string(), "item_id": pa.string(), "timestamp": pa.int64()})
+    write = pq.ParquetWriter(path, schema) if path.endswith(".parquet") else pa_csv.CSVWriter(path, schema)
+    first = 0
+    generator = np.random.default_rng(1)
+    with write:
+        for items, lengths in sessions(events):
+            numbers = np.repeat(np.arange(first, first + len(lengths)), lengths)
+            pauses = generator.exponential(60.0, len(items))
+            elapsed = np.cumsum(pauses)
+            starts = np.cumsum(lengths) - lengths
+            within = elapsed - np.repeat(elapsed[starts], lengths)
+            times = (numbers * SECONDS_BETWEEN_SESSIONS + within).astype(np.int64)
+            # Sessions of a chunk lie interleaved, as in a log; only between chunks is the order not that of time.
+            order = np.argsort(times, kind="stable")
+            columns = [pa.array(numbers[order]), pa.array(items[order]), pa.array(times[order] + 1_700_000_000)]
+            table = pa.table(columns, names=schema.names).cast(schema)
+            write.write_table(table)
+            first += len(lengths)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=write_log.__doc__)
+    parser.add_argument("path")
+    parser.add_argument("events", type=int)
+    given = parser.parse_args()
+    write_log(given.path, given.events)

@@ -12,7 +12,7 @@ from gru4recf_dist import recommender, warm_start
 from gru4recf_dist.checkpoint import complete_steps
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import assignment, storage
-from gru4recf_dist.data.shard_format import MANIFEST, POPULARITY, read_manifest
+from gru4recf_dist.data.shard_format import MANIFEST, POPULARITY, file_url, read_manifest
 from gru4recf_dist.errors import UserError, exits_cleanly
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.parallel.deepspeed_settings import deepspeed_settings
@@ -62,12 +62,12 @@ def check(config: Config) -> str:
         warm_start.find(config, manifest)
     features = [manifest.feature(spec.name) for spec in specs]
     for name in [POPULARITY, *(part for feature in features for part in (feature.values, feature.indptr) if part)]:
-        url = storage.join(config.data, name)
+        url = file_url(config.data, name)
         if not storage.exists(url):
             raise UserError(f"{url}: a part of the data set, and it is not there")
     for split, info in manifest.splits.items():
         for shard in info.shards:
-            url = storage.join(config.data, shard.url)
+            url = file_url(config.data, shard.url)
             if not storage.exists(url):
                 raise UserError(f"{url}: the manifest lists this {split} shard, and it is not there")
     train = manifest.splits["train"]

@@ -17,7 +17,6 @@ from gru4recf_dist.data.storage_config import StorageConfig
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.section import Section
 
-
 Settings = TypeVar("Settings", bound=BaseModel)
 
 

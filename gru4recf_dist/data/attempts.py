@@ -50,11 +50,8 @@ def attempted(url: str, request: Callable[[], Result]) -> Result:
     try:
         for attempt in tenacity.Retrying(
             stop=tenacity.stop_after_attempt(settings.attempts),
-            wait=tenacity.wait_exponential_jitter(
-                initial=settings.backoff_seconds,
-                max=settings.longest_backoff_seconds,
-                jitter=settings.backoff_seconds,
-            ),
+            wait=tenacity.wait_exponential(settings.backoff_seconds, max=settings.longest_backoff_seconds)
+            + tenacity.wait_random(0, settings.backoff_seconds),
             retry=tenacity.retry_if_exception(is_passing),
             before_sleep=lambda state: _report(url, state),
             reraise=True,

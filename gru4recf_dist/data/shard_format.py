@@ -201,18 +201,25 @@ def read_manifest(data: str) -> Manifest:
         first = error.errors()[0]
         place = "".join(f"{part}." for part in first["loc"]).rstrip(".") or "manifest"
         raise UserError(f"{url}: {place}: {first['msg'].removeprefix('Value error, ')}") from error
-    if not filesystems.settings().allow_outside:
-        for name in manifest.files:
-            if not _lies_inside(name):
-                raise UserError(
-                    f"{url}: names '{name}', which is not a file of this data set (storage.allow_outside permits it)"
-                )
+    for name in manifest.files:
+        file_url(data, name)
     return manifest
 
 
 def file_url(data: str, name: str) -> str:
-    """Where a file lies that the manifest of ``data`` names."""
-    return storage.join(data, name) if _lies_inside(name) else name
+    """Where a file lies that the manifest of ``data`` names.
+
+    Raises:
+        UserError: it does not lie in ``data``, and `storage.allow_outside` is off.
+    """
+    if _lies_inside(name):
+        return storage.join(data, name)
+    if not filesystems.settings().allow_outside:
+        raise UserError(
+            f"{storage.join(data, MANIFEST)}: names '{name}', which is not a file of this data set "
+            "(storage.allow_outside permits it)"
+        )
+    return name
 
 
 def _lies_inside(name: str) -> bool:
@@ -316,7 +323,7 @@ def decode_block(sample: dict, source: str, items: int) -> Block:
         or (block.times is not None and len(block.times) != events)
     ):
         raise DamagedFile(f"{where}: its columns do not agree")
-    if events and not (1 <= int(block.items.min()) and int(block.items.max()) <= items):
+    if events and not (int(block.items.min()) >= 1 and int(block.items.max()) <= items):
         raise DamagedFile(f"{where}: an item id is not within 1 to {items}")
     return block
 

@@ -108,9 +108,8 @@ def main(folder: str, batch_size: int) -> None:
     for line in sys.stdin:
         name = line.strip()
         started = time.perf_counter()
-        batches = rows = 0
+        rows = 0
         for inputs, _ in LOADERS[name][1](f"{folder}/{name}", batch_size):
-            batches += 1
             rows += len(inputs)
         seconds = time.perf_counter() - started
         if rows != len(lengths):

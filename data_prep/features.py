@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import ibis
@@ -15,11 +14,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep import readers
-from data_prep.bad_rows import BadRows
-from data_prep.columns import Column, Request
 from data_prep.engine import Engine
-from data_prep.recipe import FeatureRecipe, Layout, Recipe
-from data_prep.sources import recbole_name, resolve
+from data_prep.item_tables import item_tables
+from data_prep.recipe import FeatureRecipe, Recipe
+from data_prep.sources import resolve
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.shard_format import PADDING_ID, UNKNOWN_VALUE_ID, Feature
 from gru4recf_dist.errors import UserError
@@ -27,59 +25,26 @@ from gru4recf_dist.errors import UserError
 FIRST_VALUE_ID = 2
 # Rows of a `.npy` of vectors that are held at a time.
 VECTOR_ROWS = 1 << 16
-RECBOLE_KINDS = {"token": "token", "token_seq": "token_seq", "float": "float", "float_seq": "vector"}
-COLUMN_KINDS = {"token": "text", "token_seq": "texts", "float": "number", "vector": "numbers"}
 
 
 class ItemFeatures:
     """The features of a recipe. Built early, so that a wrong name is an error before the long work.
 
     Raises:
-        UserError: the item table or a column is missing, or a kind is neither given nor in a RecBole header.
+        UserError: an item table or a column is missing, or a kind is neither given nor in a RecBole header.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
-        self._columns = [feature for feature in recipe.features if feature.npy is None]
-        self._layout = _item_layout(recipe)
-        self._url = self._find_table() if self._columns else None
-        self.kinds = {feature.name: self._kind(feature) for feature in recipe.features}
         for feature in recipe.features:
             if feature.npy is not None:
                 for name in (feature.npy, str(feature.npy_items)):
                     if not storage.exists(resolve(recipe.source, name)):
                         raise UserError(f"features.{feature.name}: {resolve(recipe.source, name)}: no such file")
-        if self._columns:
-            # A missing column shows in the first rows.
-            next(self._rows(), None)
-
-    def _find_table(self) -> str:
-        recipe = self._recipe
-        if recipe.items.file is not None:
-            url = resolve(recipe.source, recipe.items.file)
-        elif self._layout.format == "recbole":
-            url = storage.join(recipe.source, f"{recbole_name(recipe.source)}.item")
-        else:
-            raise UserError("items.file must be given: the recipe lists features")
-        if not storage.exists(url):
-            raise UserError(f"{url}: no such file (the item table of the features)")
-        return url
-
-    def _kind(self, feature: FeatureRecipe) -> str:
-        if feature.npy is not None:
-            return "vector"
-        column = feature.column or feature.name
-        if self._layout.format in ("recbole", "csv", "tsv"):
-            header = readers.column_names(str(self._url), self._layout)
-            if column not in header:
-                raise readers.missing_column(str(self._url), column, list(header))
-            if feature.kind is None and self._layout.format == "recbole":
-                if header[column] not in RECBOLE_KINDS:
-                    raise UserError(f"{self._url}: column '{column}' has the unknown type '{header[column]}'")
-                return RECBOLE_KINDS[header[column]]
-        if feature.kind is None:
-            raise UserError(f"features.{feature.name}: kind must be given (token, token_seq, float or vector)")
-        return feature.kind
+        self._tables = item_tables(recipe)
+        self.kinds = {feature.name: "vector" for feature in recipe.features if feature.npy is not None}
+        for table in self._tables:
+            self.kinds |= table.kinds
 
     def write(self, engine: Engine, catalog: ir.Table, items: int, data: str) -> tuple[list[Feature], list[dict]]:
         """Write all features of ``catalog`` (`token`, `id`, `popularity`; N = ``items``) below ``data``.
@@ -87,7 +52,9 @@ class ItemFeatures:
         Returns:
             Their descriptions for the manifest, and their rows of the report.
         """
-        described = self._described(engine, catalog) if self._columns else None
+        columns: dict[str, ir.Table] = {}
+        for table in self._tables:
+            columns |= table.described(engine, catalog)
         written, rows = [], []
         for feature in self._recipe.features:
             kind = self.kinds[feature.name]
@@ -95,10 +62,7 @@ class ItemFeatures:
                 values, present = self._npy_vectors(engine, catalog, feature, items)
                 entry = _write_vector(data, feature.name, values)
             else:
-                assert described is not None
-                position = self._columns.index(feature)
-                column = described.select("id", "popularity", value=described[f"value_{position}"])
-                entry, present = _WRITERS[kind](engine, column, items, data, feature)
+                entry, present = _WRITERS[kind](engine, columns[feature.name], items, data, feature)
             written.append(entry)
             without = items - int(np.count_nonzero(present[1:]))
             rows.append(
@@ -111,35 +75,6 @@ class ItemFeatures:
                 }
             )
         return written, rows
-
-    def _described(self, engine: Engine, catalog: ir.Table) -> ir.Table:
-        """Catalog items with their values (`value_0`, ...); the first of several rows of an item counts."""
-        staged = engine.stage("item_table", self._schema(), self._rows())
-        first = staged.group_by("item").agg(ordinal=staged.ordinal.min())
-        rows = staged.semi_join(first, "ordinal").drop("ordinal")
-        return engine.keep("described", catalog.select("id", "popularity", item="token").join(rows, "item"))
-
-    def _schema(self) -> pa.Schema:
-        types = {
-            "token": pa.string(),
-            "token_seq": pa.list_(pa.string()),
-            "float": pa.string(),
-            "vector": pa.list_(pa.float64()),
-        }
-        values = {f"value_{n}": types[self.kinds[feature.name]] for n, feature in enumerate(self._columns)}
-        return pa.schema({"ordinal": pa.int64(), "item": pa.string(), **values})
-
-    def _rows(self) -> Iterator[pa.Table]:
-        columns = {"item": Column(self._recipe.items.item, "text")}
-        for number, feature in enumerate(self._columns):
-            kind = COLUMN_KINDS[self.kinds[feature.name]]
-            columns[f"value_{number}"] = Column(feature.column or feature.name, kind, feature.separator)
-        bad_rows = BadRows()
-        for batch in readers.read(str(self._url), Request(self._layout, columns, bad_rows)):
-            yield pa.table({"ordinal": batch.lines, **batch.columns})
-        # Unlike a bad event, a bad item row has no one to notice it later.
-        for record in bad_rows:
-            raise UserError(f"{record['file']}: line {record['line']}: {record['reason']}")
 
     def _npy_vectors(
         self, engine: Engine, catalog: ir.Table, feature: FeatureRecipe, items: int
@@ -171,16 +106,6 @@ class ItemFeatures:
             raise UserError(f"{url}: has more rows than {names_url}, which names {len(names)}")
         present[ids] = True
         return values, present
-
-
-def _item_layout(recipe: Recipe) -> Layout:
-    items = recipe.items
-    return Layout(
-        format=items.format or recipe.input.format,
-        delimiter=items.delimiter or recipe.input.delimiter,
-        header=items.header,
-        columns=items.columns,
-    )
 
 
 def _row_names(url: str, item_column: str) -> pa.Array:

@@ -18,6 +18,7 @@ from data_prep.engine import Engine, open_engine
 from data_prep.features import ItemFeatures, write_parquet
 from data_prep.recipe import Recipe
 from data_prep.report import Report
+from data_prep.row_filter import RowFilter
 from data_prep.sources import VALID, EventFile, event_files, raw_events, staged_schema
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.shard_format import POPULARITY, SPLITS, TOKENS, Manifest, SplitInfo, write_manifest
@@ -51,6 +52,7 @@ class _Preparation:
         self.features = features
         self.report = Report()
         self.bad_rows = BadRows()
+        self.row_filter = RowFilter(recipe.input.keep)
         self.bad = 0
         self.bad_table: ir.Table | None = None
         self.one_target = recipe.split.method == "leave_one_out"
@@ -93,13 +95,15 @@ class _Preparation:
 
     def _read(self) -> ir.Table:
         """Stage the raw rows and judge each."""
-        rows = raw_events(self.recipe, self.files, self.bad_rows)
+        rows = raw_events(self.recipe, self.files, self.bad_rows, self.row_filter)
         first = next(rows, None)
         if first is None:
             bad = next(iter(self.bad_rows), None)
             reason = f" (line {bad['line']}: {bad['reason']})" if bad else ""
+            if self.row_filter.left_out:
+                reason = f" (input.keep leaves out all of its {self.row_filter.left_out} rows)"
             raise UserError(f"{self.files[0].url}: no events in the input{reason}")
-        schema = staged_schema(first.schema.field("time").type)
+        schema = staged_schema(first.schema.field("time").type, "within" in first.column_names)
         raw = self.engine.stage("raw", schema, itertools.chain([first], rows))
         return steps.judged(raw, self.recipe.input.time_format)
 
@@ -109,7 +113,10 @@ class _Preparation:
         unread = len(self.bad_rows)
         self.bad = counts["bad"] + unread
         plural = "s" if len(self.files) > 1 else ""
-        self.report.add("read", {"events": counts["rows"] + unread}, note=f"{len(self.files)} file{plural}")
+        read, left_out = counts["rows"] + unread, self.row_filter.left_out
+        self.report.add("read", {"events": read + left_out}, note=f"{len(self.files)} file{plural}")
+        if self.recipe.input.keep:
+            self.report.add("keep rows", {"events": read}, note=f"by {', '.join(self.recipe.input.keep)}")
         note = f"{self.bad} rows quarantined" if self.bad else ""
         # Where nothing is bad the engine need not judge every row again in each of the next steps.
         good = judged
@@ -121,6 +128,8 @@ class _Preparation:
             first = next(self._quarantined())
             note = f"{first['file']}: line {first['line']}: {first['reason']}"
         self.report.add("drop bad rows", {"events": counts["rows"] - counts["bad"]}, note=note)
+        if "parsed_within" in good.columns:
+            good = self.engine.keep("ordered", steps.ordered_within(good))
         if self.recipe.deduplicate:
             good = self.engine.keep("deduplicated", steps.deduplicated(good))
             self.report.add("deduplicate", {"events": self._count(good)})
@@ -131,7 +140,7 @@ class _Preparation:
         sessions = self.engine.keep("session_codes", steps.codes(good, "session", "part"))
         items = self.engine.keep("item_codes", steps.codes(good, "item"))
         events = self.engine.keep("events", steps.coded(good, sessions, items))
-        for name in ("raw", "deduplicated"):
+        for name in ("raw", "ordered", "deduplicated"):
             self.engine.drop(name)
         gap = self.recipe.session_gap
         counts = {name: self._count(table) for name, table in (("sessions", sessions), ("events", events))}
@@ -212,10 +221,12 @@ class _Preparation:
         def from_engine() -> Iterator[dict[str, Any]]:
             if self.bad_table is None:
                 return
-            chosen = self.bad_table.order_by("ordinal").select("file", "line", "reason", "session", "item", "time")
+            # As they stand in the file; `within` is there with input.time_within only.
+            raw = [name for name in ("session", "item", "time", "within") if name in self.bad_table.columns]
+            chosen = self.bad_table.order_by("ordinal").select("file", "line", "reason", *raw)
             for batch in self.engine.batches(chosen):
                 for row in batch.to_pylist():
-                    values = {name: row[name] for name in ("session", "item", "time")}
+                    values = {name: row[name] for name in raw}
                     url = self.files[row["file"]].url
                     yield {"file": url, "line": row["line"], "reason": row["reason"], "values": values}
 

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from data_prep import json_lines
 from data_prep.columns import Batch, Request, convert, first_sentence, missing_column, rows_of
+from data_prep.decoded_text import SEPARATOR, decoded
 from data_prep.recipe import Layout
 from gru4recf_dist.data import storage
 from gru4recf_dist.errors import UserError
@@ -43,7 +44,7 @@ def read(url: str, request: Request) -> Iterator[Batch]:
     else:
         # Before the file is opened again: two readers of a `memory://` file share one position.
         header = _header(url, request.layout)
-        with open_text(url) as stream:
+        with _open_delimited(url, request.layout) as stream:
             yield from _read_delimited(url, stream, request, header)
 
 
@@ -53,6 +54,15 @@ def open_text(url: str) -> Iterator[IO[bytes]]:
     with storage.open_read(url) as stream:
         compression = next((name for ending, name in COMPRESSIONS.items() if url.endswith(ending)), None)
         yield pa.CompressedInputStream(stream, compression) if compression else stream
+
+
+@contextlib.contextmanager
+def _open_delimited(url: str, layout: Layout) -> Iterator[IO[bytes]]:
+    """Open a delimited file as Arrow reads it: in UTF-8, its separator a single byte."""
+    replaced = layout.delimiter if _is_long(layout) else None
+    with open_text(url) as stream:
+        plain = layout.encoding is None and replaced is None
+        yield stream if plain else decoded(url, stream, layout.encoding or "utf-8", replaced)
 
 
 def column_names(url: str, layout: Layout) -> dict[str, str]:
@@ -67,14 +77,21 @@ def column_names(url: str, layout: Layout) -> dict[str, str]:
 def _delimiter(layout: Layout) -> str:
     if layout.format == "recbole":
         return "\t"
+    if _is_long(layout):
+        return SEPARATOR
     return layout.delimiter or ("\t" if layout.format == "tsv" else ",")
+
+
+def _is_long(layout: Layout) -> bool:
+    """Whether the separator is more than the one byte that Arrow takes."""
+    return layout.format != "recbole" and len((layout.delimiter or "").encode()) > 1
 
 
 def _header(url: str, layout: Layout) -> list[tuple[str, str, str]]:
     """(name, RecBole type, name as it stands in the file) of each column."""
     if layout.format != "recbole" and not layout.header:
         return [(name, "token", name) for name in layout.columns]
-    with open_text(url) as stream:
+    with _open_delimited(url, layout) as stream:
         first = _first_line(stream)
     try:
         text = first.decode("utf-8-sig").rstrip("\r\n")
@@ -117,12 +134,13 @@ def _read_delimited(
 
     def skip(row: pa_csv.InvalidRow) -> str:
         reason = f"{row.actual_columns} columns, not {row.expected_columns}"
-        request.bad_rows.add(url, row.number, reason, {"text": row.text})
+        text = row.text.replace(SEPARATOR, str(layout.delimiter)) if _is_long(layout) else row.text
+        request.bad_rows.add(url, row.number, reason, {"text": text})
         skipped.append(row.number)
         return "skip"
 
     wanted = list(dict.fromkeys(raw_names[column.name] for column in request.columns.values()))
-    quoted = layout.format != "recbole"
+    quoted = layout.format != "recbole" and not _is_long(layout)
     try:
         reader = pa_csv.open_csv(
             stream,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -18,7 +19,13 @@ class Layout(Section):
 
     format: Format = Field("csv", description="recbole (tab separated, `name:type` header), csv, tsv, parquet or jsonl")
     delimiter: str | None = Field(
-        None, min_length=1, max_length=1, description="column separator of csv and tsv; by default comma and tab"
+        None,
+        min_length=1,
+        description="column separator of csv and tsv; by default comma and tab. With one of several characters (`::`) "
+        "no value is quoted",
+    )
+    encoding: str | None = Field(
+        None, description="recbole, csv, tsv: how text is encoded (`latin-1`, say); default UTF-8"
     )
     header: bool = Field(True, description="csv, tsv: the first line names the columns")
     columns: list[str] = Field([], description="csv, tsv without header: the names of all columns, in their order")
@@ -27,6 +34,19 @@ class Layout(Section):
     def _columns_without_header(self) -> Layout:
         if self.format in ("csv", "tsv") and not self.header and not self.columns:
             raise ValueError("columns must name the columns when header is false")
+        return self
+
+    @model_validator(mode="after")
+    def _known_encoding(self) -> Layout:
+        if self.encoding is None:
+            return self
+        if self.format in ("jsonl", "parquet"):
+            raise ValueError(f"encoding needs format recbole, csv or tsv, not {self.format}")
+        try:
+            # Unlike a look-up this also refuses codecs of something else than text, such as zip.
+            " ".encode(self.encoding)
+        except (LookupError, UnicodeError) as error:
+            raise ValueError(f"encoding '{self.encoding}' is not known") from error
         return self
 
 
@@ -51,6 +71,16 @@ class Input(Layout):
         description="number: float64, exact up to 2^53; integer: int64 (nanosecond stamps, say); datetime: ISO 8601 "
         "text (UTC where it names no offset) or a Parquet timestamp, kept as microseconds since 1970",
     )
+    time_within: str | None = Field(
+        None,
+        description="column of a number that orders the events of equal time (the seconds within a date, say), before "
+        "file and line do",
+    )
+    keep: dict[str, list[str]] = Field(
+        {},
+        description="column -> its values in the rows to keep; other rows are left out and counted. With `events`, "
+        "columns are fields of the list's elements",
+    )
     events: str | None = Field(
         None,
         description="jsonl, parquet: the list column that holds a session's events; `item` and `time` then name fields "
@@ -61,6 +91,13 @@ class Input(Layout):
     def _nested_formats(self) -> Input:
         if self.events is not None and self.format not in ("jsonl", "parquet"):
             raise ValueError(f"events needs format jsonl or parquet, not {self.format}")
+        return self
+
+    @model_validator(mode="after")
+    def _values_to_keep(self) -> Input:
+        for name, values in self.keep.items():
+            if not values:
+                raise ValueError(f"keep.{name} lists no values")
         return self
 
 
@@ -98,18 +135,39 @@ class Split(Section):
 
 
 class ItemTable(Layout):
-    """The table that describes the items."""
+    """A table that describes the items: one row an item or, with `property`, one row a property of an item."""
 
     format: Format | None = Field(None, description="as `input.format`, which is the default")
+    delimiter: str | None = Field(None, min_length=1, description="as `input.delimiter`, which is the default")
+    encoding: str | None = Field(
+        None, description="as `input.encoding`, which is the default where the format is the same"
+    )
     file: str | None = Field(
-        None, description="file of the item table, relative to `source`; default NAME.item (recbole)"
+        None,
+        description="file of the item table, or a glob (files in the order of their names), relative to `source`; "
+        "default NAME.item (recbole)",
     )
     item: str = Field("item_id", description="column of the item")
+    property: str | None = Field(
+        None, description="long tables: column that names a row's property; a feature's `column` is then such a name"
+    )
+    value: str | None = Field(None, description="long tables: column of the property's value")
+    time: str | None = Field(
+        None,
+        description="column of a number: of several rows of an item (long tables: of an item's property) the one with "
+        "the highest counts, not the first",
+    )
 
     @model_validator(mode="after")
     def _columns_without_header(self) -> ItemTable:
         if not self.header and not self.columns:
             raise ValueError("columns must name the columns when header is false")
+        return self
+
+    @model_validator(mode="after")
+    def _property_and_value(self) -> ItemTable:
+        if (self.property is None) != (self.value is None):
+            raise ValueError("property and value must be given together")
         return self
 
 
@@ -120,7 +178,18 @@ class FeatureRecipe(Section):
     kind: Kind | None = Field(
         None, description="token, token_seq, float or vector; for recbole by default what the file's header says"
     )
-    column: str | None = Field(None, description="column of the item table; default: `name`")
+    table: str | None = Field(None, description="its table, one of `item_tables`; default: `items`")
+    column: str | None = Field(
+        None, description="column of the item table (long tables: property of the item); default: `name`"
+    )
+    extract: str | None = Field(
+        None,
+        description="regular expression with one group, searched in every value: the group is the value, and one that "
+        "does not match is missing",
+    )
+    remove: str | None = Field(
+        None, min_length=1, description="characters to take out of every value: `$,` makes a number of $1,299.00"
+    )
     separator: str = Field(" ", min_length=1, description="between the values of a token_seq or vector kept as text")
     standardize: bool = Field(
         False, description="float: subtract the mean and divide by the deviation of the training items"
@@ -138,7 +207,22 @@ class FeatureRecipe(Section):
             raise ValueError(f"npy needs kind vector, not {self.kind}")
         if self.standardize and self.kind not in (None, "float"):
             raise ValueError(f"standardize needs kind float, not {self.kind}")
+        for key in ("table", "column", "extract", "remove"):
+            if self.npy is not None and getattr(self, key) is not None:
+                raise ValueError(f"{key} is of no use with npy")
         return self
+
+    @field_validator("extract")
+    @classmethod
+    def _one_group(cls, extract: str | None) -> str | None:
+        if extract is not None:
+            try:
+                groups = re.compile(extract).groups
+            except re.error as error:
+                raise ValueError(f"is not a regular expression: {error}") from error
+            if groups != 1:
+                raise ValueError(f"must have one group, not {groups}")
+        return extract
 
 
 class Recipe(Section):
@@ -164,6 +248,7 @@ class Recipe(Section):
     )
     split: Split = Field(Split(), description="what is held out")
     items: ItemTable = Field(ItemTable(), description="the item table")
+    item_tables: dict[str, ItemTable] = Field({}, description="further item tables, by the name that features use")
     features: list[FeatureRecipe] = Field([], description="the item features to keep")
     streams: int | None = Field(
         None,
@@ -201,4 +286,10 @@ class Recipe(Section):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"features: '{repeated[0]}' is listed twice")
+        for feature in self.features:
+            if feature.table is not None and feature.table not in self.item_tables:
+                known = ", ".join(self.item_tables) or "none"
+                raise ValueError(
+                    f"features.{feature.name}.table: no '{feature.table}' in item_tables (it has: {known})"
+                )
         return self

@@ -14,6 +14,7 @@ from data_prep import readers
 from data_prep.bad_rows import BadRows
 from data_prep.columns import Column, Request
 from data_prep.recipe import Input, Recipe
+from data_prep.row_filter import RowFilter
 from gru4recf_dist.data import storage
 from gru4recf_dist.errors import UserError
 
@@ -50,7 +51,7 @@ def event_files(recipe: Recipe) -> list[EventFile]:
     """
     given = recipe.input
     if recipe.split.method != "files":
-        return [EventFile(url, TRAIN) for url in _expand(recipe.source, given.files) or _default_files(recipe)]
+        return [EventFile(url, TRAIN) for url in expand(recipe.source, given.files) or _default_files(recipe)]
     defaults: dict[str, list[str]] = {}
     if given.format == "recbole":
         stem = storage.join(recipe.source, recbole_name(recipe.source))
@@ -59,7 +60,7 @@ def event_files(recipe: Recipe) -> list[EventFile]:
             defaults["valid"] = [f"{stem}.valid.inter"]
     files = []
     for number, part in enumerate(("train", "valid", "test")):
-        urls = _expand(recipe.source, getattr(given, f"{part}_files")) or defaults.get(part, [])
+        urls = expand(recipe.source, getattr(given, f"{part}_files")) or defaults.get(part, [])
         if not urls and part != "valid":
             raise UserError(f"input.{part}_files must be given with split.method=files")
         files += [EventFile(url, number) for url in urls]
@@ -88,7 +89,7 @@ def resolve(source: str, name: str) -> str:
     return name if os.path.isabs(name) or "://" in name else storage.join(source, name)
 
 
-def _expand(source: str, patterns: list[str]) -> list[str]:
+def expand(source: str, patterns: list[str]) -> list[str]:
     """Files of names and globs, each once, globs sorted by name."""
     urls: list[str] = []
     for pattern in patterns:
@@ -116,10 +117,11 @@ def key_column(given: Input) -> str:
     return given.user or given.session
 
 
-def staged_schema(time: pa.DataType) -> pa.Schema:
+def staged_schema(time: pa.DataType, within: bool) -> pa.Schema:
     """Columns of the staged raw events: ``ordinal`` numbers all events of all files in their order."""
     return pa.schema(
         {
+            **({"within": pa.string()} if within else {}),
             "ordinal": pa.int64(),
             "part": pa.int8(),
             "file": pa.int32(),
@@ -150,8 +152,8 @@ def _time(url: str, time: pa.Array, given: Input) -> pa.Array:
     return time.cast(pa.int64()) if held == ("datetime",) else time
 
 
-def raw_events(recipe: Recipe, files: list[EventFile], bad_rows: BadRows) -> Iterator[pa.Table]:
-    """Every row of every file, as text (times of Parquet files in their own type), numbered.
+def raw_events(recipe: Recipe, files: list[EventFile], bad_rows: BadRows, row_filter: RowFilter) -> Iterator[pa.Table]:
+    """Every row to keep of every file, as text (times of Parquet files in their own type), numbered.
 
     Raises:
         UserError: a column is missing, a file is damaged, or the time columns of two files have different types.
@@ -161,14 +163,17 @@ def raw_events(recipe: Recipe, files: list[EventFile], bad_rows: BadRows) -> Ite
         "session": Column(key_column(given), "text"),
         "item": Column(given.item, "text"),
         "time": Column(given.time, "time"),
+        **row_filter.columns,
     }
-    nested = ("item", "time") if given.events else ()
+    if given.time_within:
+        columns["within"] = Column(given.time_within, "number")
+    nested = tuple(result for result in columns if result != "session") if given.events else ()
     ordinal = 0
     time_type: pa.DataType | None = None
     with tqdm(desc="reading", unit=" events", unit_scale=True, disable=None) as bar:
         for number, file in enumerate(files):
             request = Request(given, columns, bad_rows, given.events, nested)
-            for batch in readers.read(file.url, request):
+            for batch in map(row_filter, readers.read(file.url, request)):
                 rows = len(batch.lines)
                 if not rows:
                     continue
@@ -176,8 +181,10 @@ def raw_events(recipe: Recipe, files: list[EventFile], bad_rows: BadRows) -> Ite
                 time_type = time_type or time.type
                 if time.type != time_type:
                     raise UserError(f"{file.url}: column '{given.time}' is {time.type}, in other files {time_type}")
+                within = {"within": batch.columns["within"].cast(pa.string())} if given.time_within else {}
                 yield pa.table(
                     {
+                        **within,
                         "ordinal": np.arange(ordinal, ordinal + rows, dtype=np.int64),
                         "part": np.full(rows, file.part, dtype=np.int8),
                         "file": np.full(rows, number, dtype=np.int32),

@@ -36,20 +36,33 @@ def judged(raw: ir.Table, time_format: str) -> ir.Table:
         empty = column == "" if isinstance(column.type(), dt.String) else ibis.literal(False)
         return column.isnull() | empty
 
-    return raw.mutate(parsed=parsed).mutate(
+    within = {}
+    if "within" in raw.columns:
+        number = raw.within.try_cast("float64")
+        within = {"parsed_within": ibis.ifelse(number.isnan(), ibis.null("float64"), number)}
+    without_place = [(ibis._[name].isnull(), "time_within is not a number") for name in within]
+    return raw.mutate(parsed=parsed, **within).mutate(
         reason=ibis.cases(
             (absent(raw.session), "session missing"),
             (absent(raw.item), "item missing"),
             (absent(raw.time), "time missing"),
             (ibis._.parsed.isnull(), f"time is not a {time_format}"),
+            *without_place,
             else_=ibis.null("string"),
         )
     )
 
 
+def ordered_within(good: ir.Table) -> ir.Table:
+    """Events numbered anew, so that `time_within` comes before file and line wherever times are equal."""
+    order = [good.parsed_within, good.ordinal]
+    return good.mutate(ordinal=ibis.row_number().over(order_by=order).cast("int64"))
+
+
 def deduplicated(good: ir.Table) -> ir.Table:
     """The first of the events that agree in session, item and time."""
-    first = good.group_by("part", "session", "item", "parsed").agg(ordinal=good.ordinal.min())
+    within = ["parsed_within"] if "parsed_within" in good.columns else []
+    first = good.group_by("part", "session", "item", "parsed", *within).agg(ordinal=good.ordinal.min())
     return good.semi_join(first, "ordinal")
 
 

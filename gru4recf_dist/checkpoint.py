@@ -10,6 +10,7 @@ DTensors, so that a checkpoint loads at any number of ranks.
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
+from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.parallel.engines import Engine
@@ -89,13 +91,66 @@ class Checkpoints:
         Returns:
             the ``state`` it was saved with.
         """
-        url = self._url(step)
-        commit = storage.read_json(storage.join(url, COMMIT))
+        commit = read_commit(self.folder, step)
         if engine is not None:
             tensors = _tensors(engine, table)
         else:
             tensors = {f"encoder.{name}": tensor.detach() for name, tensor in encoder.named_parameters()}
             tensors["table.weight"] = table.state_dict()["weight"]
+        self._read(step, tensors)
+        if engine is not None:
+            engine.load_state_dict(tensors)
+            table.optimizer.steps = commit["table_steps"]
+        return commit["state"]
+
+    def load_smaller(
+        self, step: int, engine: Engine, table: ShardedItemTable, kept_rows: dict[str, torch.Tensor]
+    ) -> None:
+        """Fill engine and table from the checkpoint of a smaller model; rows that it did not have stay as they are.
+
+        `torch.distributed.checkpoint` loads a tensor at its saved size only. So each is read at that size, table rows
+        laid out over the ranks as they would be then, and is put into the present one afterwards.
+
+        Args:
+            kept_rows: by name of an encoder parameter that may have grown, where its saved rows lie now, int64.
+
+        Raises:
+            UserError: the checkpoint is damaged, or does not fit into the present model.
+        """
+        state, sizes = engine.state_dict(), self._saved_sizes(step)
+        table_state = {f"table.{name}": tensor for name, tensor in table.state_dict().items()}
+        for name, present in {**state, **table_state}.items():
+            if len(sizes.get(name, ())) != present.dim() or any(
+                saved > now for saved, now in zip(sizes[name], present.shape, strict=True)
+            ):
+                raise UserError(f"{self._url(step)}: '{name}' does not fit into {list(present.shape)}")
+        # One after the other: besides the present table, a rank holds its share of one saved tensor at a time.
+        for name in table_state:
+            saved = table.unfilled(name.removeprefix("table."), sizes[name][0])
+            self._read(step, {name: saved})
+            table.take_over(name.removeprefix("table."), saved)
+        loaded = {name: present.new_empty(sizes[name]) for name, present in state.items()}
+        self._read(step, loaded)
+        for parameter, places in kept_rows.items():
+            for name, present in state.items():
+                if present.dim() and (name == f"encoder.{parameter}" or name.startswith(f"optimizer.{parameter}.")):
+                    # A copy: the engine may have given out its own tensors.
+                    loaded[name] = present.clone().index_copy_(0, places.to(present.device), loaded[name])
+        engine.load_state_dict(loaded)
+        table.optimizer.steps = read_commit(self.folder, step)["table_steps"]
+
+    def _saved_sizes(self, step: int) -> dict[str, torch.Size]:
+        """The size of every saved tensor, by its name."""
+        url = self._url(step)
+        try:
+            metadata = FsspecReader(url).read_metadata()
+        except (OSError, pickle.UnpicklingError, EOFError) as error:
+            raise UserError(f"{url}: this checkpoint is damaged ({storage.first_line(error)})") from error
+        return {name: saved.size for name, saved in metadata.state_dict_metadata.items() if hasattr(saved, "size")}
+
+    def _read(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Fill ``tensors`` from the checkpoint, which must have each at the same size."""
+        url = self._url(step)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -103,13 +158,19 @@ class Checkpoints:
         except dcp.CheckpointException as error:
             reason = str(error).strip().splitlines()[-1]
             raise UserError(f"{url}: this checkpoint is damaged or of another configuration ({reason})") from error
-        if engine is not None:
-            engine.load_state_dict(tensors)
-            table.optimizer.steps = commit["table_steps"]
-        return commit["state"]
 
     def _url(self, step: int) -> str:
         return storage.join(self.folder, f"{_PREFIX}{step:08d}")
+
+
+def weight_settings(config: Config) -> dict[str, Any]:
+    """The settings that the tensors of a checkpoint, and what they mean, depend on; by dotted key."""
+    return {
+        "precision": config.precision,
+        "table.optimizer": config.table.optimizer,
+        "optimizer.name": config.optimizer.name,
+        **{f"model.{name}": value for name, value in config.model if not name.startswith("dropout")},
+    }
 
 
 def complete_steps(folder: str) -> list[int]:
@@ -122,12 +183,17 @@ def complete_steps(folder: str) -> list[int]:
     ]
 
 
+def read_commit(folder: str, step: int) -> dict[str, Any]:
+    """What a checkpoint's `commit.json` says: ``state`` is what it was saved with."""
+    return storage.read_json(storage.join(folder, f"{_PREFIX}{step:08d}", COMMIT))
+
+
 def best_step(folder: str) -> int | None:
     """Step of the best checkpoint, as the newest one has it; None if none was marked or it is gone."""
     steps = complete_steps(folder)
     if not steps:
         return None
-    commit = storage.read_json(storage.join(folder, f"{_PREFIX}{steps[-1]:08d}", COMMIT))
+    commit = read_commit(folder, steps[-1])
     return commit.get("best_step") if commit.get("best_step") in steps else None
 
 

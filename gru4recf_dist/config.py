@@ -157,6 +157,7 @@ class Config(Section):
 
     data: str
     run_dir: str
+    init_from: str | None = Field(None, description="folder of a run whose best checkpoint this one starts from")
     seed: NonNegativeInt = 0
     max_epochs: PositiveInt | None = 20
     max_steps: PositiveInt | None = None

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from gru4recf_dist import config as configuration
-from gru4recf_dist import recommender
+from gru4recf_dist import recommender, warm_start
 from gru4recf_dist.checkpoint import complete_steps
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import assignment, storage
@@ -56,7 +56,10 @@ def check(config: Config) -> str:
     specs = recommender.feature_specs(config.model, manifest)
     if config.engine.name == "deepspeed":
         deepspeed_settings(config, world=1)
-    check_run_folder(config, bool(complete_steps(storage.join(config.run_dir, "checkpoints"))))
+    is_resumed = bool(complete_steps(storage.join(config.run_dir, "checkpoints")))
+    check_run_folder(config, is_resumed)
+    if config.init_from is not None and not is_resumed:
+        warm_start.find(config, manifest)
     features = [manifest.feature(spec.name) for spec in specs]
     for name in [POPULARITY, *(part for feature in features for part in (feature.values, feature.indptr) if part)]:
         url = storage.join(config.data, name)

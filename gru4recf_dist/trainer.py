@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gru4recf_dist import recommender, typed_yaml
-from gru4recf_dist.checkpoint import Checkpoints
+from gru4recf_dist import recommender, typed_yaml, warm_start
+from gru4recf_dist.checkpoint import Checkpoints, weight_settings
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.batches import PackedBatch, pack_training
@@ -107,6 +107,8 @@ class Trainer:
         if self.ranks.is_first:
             storage.write_bytes(storage.join(config.run_dir, "config.yaml"), typed_yaml.dump(config).encode())
         self.monitor = Monitor(config.monitoring, config.run_dir, self.ranks.is_first, progress.step, self.total_steps)
+        if progress.step == 0 and config.init_from is not None:
+            self.monitor.say(f"starting from the weights of {config.init_from}")
         self._catch_signals()
         finished = progress.step >= self.total_steps or self._out_of_patience()
         self._window = _Window()
@@ -244,6 +246,8 @@ class Trainer:
             "progress": vars(self.progress),
             "loader": self.loader.state_dict(),
             "training_data": self.manifest.training_digest,
+            # What a run that starts from this one on a grown data set has to know of the embedded vocabularies.
+            "features": [vars(spec) for spec in recommender.feature_specs(self.config.model, self.manifest)],
         }
         self.checkpoints.save(self.progress.step, self.engine, self.table, state, is_best)
         seconds = time.perf_counter() - started
@@ -263,7 +267,7 @@ class Trainer:
             )
 
     def _resume(self) -> None:
-        """Go on from the newest complete checkpoint of the run folder, if there is one."""
+        """Go on from the run folder's newest complete checkpoint; if there is none, start from ``init_from``."""
         newest = self.checkpoints.newest()
         check_run_folder(self.config, newest is not None)
         if newest is not None:
@@ -275,6 +279,8 @@ class Trainer:
                 )
             self.progress = Progress(**state["progress"])
             self.loader.load_state_dict(state["loader"])
+        elif self.config.init_from is not None:
+            warm_start.load(self.config, self.manifest, self.engine, self.table, self.ranks)
 
     def _finish(self) -> dict:
         """Evaluate the best checkpoint and write `result.json`."""
@@ -344,24 +350,14 @@ def check_run_folder(config: Config, has_checkpoint: bool) -> None:
         return
     if config.resume == "never":
         raise UserError(f"run_dir: {config.run_dir} holds checkpoints; choose another folder, or resume=auto")
-    url = storage.join(config.run_dir, "config.yaml")
-    before = typed_yaml.load(Config, url, [])
-    same = {
-        "seed": (before.seed, config.seed),
-        "precision": (before.precision, config.precision),
-        "table.optimizer": (before.table.optimizer, config.table.optimizer),
-        "optimizer.name": (before.optimizer.name, config.optimizer.name),
+    before, now = (
         # A position in the epoch means nothing in another order.
-        "loader.shuffle_window": (before.loader.shuffle_window, config.loader.shuffle_window),
-        **{
-            f"model.{name}": (value, getattr(config.model, name))
-            for name, value in before.model
-            if not name.startswith("dropout")
-        },
-    }
-    for key, (old, new) in same.items():
-        if old != new:
+        {"seed": each.seed, "loader.shuffle_window": each.loader.shuffle_window, **weight_settings(each)}
+        for each in (typed_yaml.load(Config, storage.join(config.run_dir, "config.yaml"), []), config)
+    )
+    for key, old in before.items():
+        if old != now[key]:
             raise UserError(
-                f"{key}: {new!r}, but the checkpoints in {config.run_dir} were made with {old!r}; "
+                f"{key}: {now[key]!r}, but the checkpoints in {config.run_dir} were made with {old!r}; "
                 "choose another run_dir"
             )

@@ -122,6 +122,8 @@ class Manifest(_Strict):
     ``protocol``: what is predicted in valid and test: the last event of each session (`leave_one_out`: a stored
     session is the whole history and then the target), or every event but the first (`every_position`).
     ``streams``: S, the number of canonical training streams, a power of two.
+    ``ancestors``: the `training_digest` of every earlier state that this data set was appended to, oldest first. Item
+    ids and feature values that they had mean the same here.
     """
 
     format: int = FORMAT_VERSION
@@ -132,6 +134,7 @@ class Manifest(_Strict):
     protocol: Literal["leave_one_out", "every_position"]
     splits: dict[Literal["train", "valid", "test"], SplitInfo]
     features: list[Feature] = []
+    ancestors: list[str] = []
     report: list[dict] = []
     recipe: dict = {}
 

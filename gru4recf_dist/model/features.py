@@ -22,6 +22,36 @@ class FeatureSpec:
 _ORDER = ("token", "token_seq", "float", "vector")
 
 
+def encoder_order(specs: list[FeatureSpec]) -> list[FeatureSpec]:
+    """``specs`` as the encoder concatenates them: by kind, and within a kind as given."""
+    return sorted(specs, key=lambda spec: _ORDER.index(spec.kind))
+
+
+def kept_rows(old: list[FeatureSpec], new: list[FeatureSpec]) -> dict[str, torch.Tensor]:
+    """Where the embedded values of ``old`` features lie among those of ``new`` ones, whose vocabularies are longer.
+
+    Args:
+        old, new: the same features, in the same order.
+
+    Returns:
+        by name of a parameter of `FeatureEmbedding`, int64 [rows of the old one]: the new place of each row.
+    """
+    pairs = list(zip(encoder_order(old), encoder_order(new), strict=True))
+    places: dict[str, torch.Tensor] = {}
+    # Token fields share one parameter: a longer vocabulary moves the rows of the fields after it.
+    offset, shared = 0, []
+    for before, after in pairs:
+        if before.kind == "token":
+            shared.append(torch.arange(before.size) + offset)
+            offset += after.size
+    if shared:
+        places["token_embedding_table.item.embedding.weight"] = torch.cat(shared)
+    sequences = [before for before, _ in pairs if before.kind == "token_seq"]
+    for field, before in enumerate(sequences):
+        places[f"token_seq_embedding_table.item.{field}.weight"] = torch.arange(before.size)
+    return places
+
+
 class _OffsetEmbedding(nn.Module):
     """One table for all token fields, each with its own range of rows (RecBole's FMEmbedding)."""
 
@@ -59,7 +89,7 @@ class FeatureEmbedding(nn.Module):
     def __init__(self, specs: list[FeatureSpec], dim: int, pooling: str) -> None:
         super().__init__()
         self.dim, self.pooling = dim, pooling
-        self.specs = sorted(specs, key=lambda spec: _ORDER.index(spec.kind))
+        self.specs = encoder_order(specs)
         kinds = {kind: [spec for spec in self.specs if spec.kind == kind] for kind in _ORDER}
         self.token_embedding_table = nn.ModuleDict()
         self.float_embedding_table = nn.ModuleDict()

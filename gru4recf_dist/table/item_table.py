@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -162,11 +163,34 @@ class ShardedItemTable:
 
     def state_dict(self) -> dict[str, DTensor]:
         """The rows and their optimizer state as DTensors that share memory with the table: loading fills it."""
-        mesh = DeviceMesh.from_group(self.ranks.dense, self.ranks.device.type)
-        tensors = {"weight": self.weight, **(self.optimizer.state if self.optimizer else {})}
-        return {name: self._as_dtensor(tensor, mesh) for name, tensor in tensors.items()}
+        return {name: self._as_dtensor(tensor, self.rows) for name, tensor in self._tensors().items()}
 
-    def _as_dtensor(self, local: torch.Tensor, mesh: DeviceMesh) -> DTensor:
-        shape = torch.Size([self.rows, *local.shape[1:]])
+    def unfilled(self, name: str, rows: int) -> DTensor:
+        """Memory for the state ``name`` of a table of ``rows`` rows, laid out over the ranks as that table would be."""
+        like = self._tensors()[name]
+        share = RowPartition(rows, self.ranks.world).range_of(self.ranks.rank)
+        return self._as_dtensor(like.new_empty(len(share), *like.shape[1:]), rows)
+
+    def take_over(self, name: str, smaller: DTensor) -> None:
+        """Let the first rows of the state ``name`` be those of a smaller table; the rows after them stay as they are.
+
+        The rows travel from their owners in the smaller table to their owners here: no rank holds more than its share
+        of each.
+        """
+        old = RowPartition(smaller.shape[0], self.ranks.world)
+        send = old.overlap(self.ranks.rank, self.partition)
+        receive = self.partition.overlap(self.ranks.rank, old)
+        kept = collectives.all_to_all(smaller.to_local(), receive.tolist(), send.tolist(), self.ranks.table)
+        self._tensors()[name][: len(kept)] = kept
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {"weight": self.weight, **(self.optimizer.state if self.optimizer else {})}
+
+    @cached_property
+    def _mesh(self) -> DeviceMesh:
+        return DeviceMesh.from_group(self.ranks.dense, self.ranks.device.type)
+
+    def _as_dtensor(self, local: torch.Tensor, rows: int) -> DTensor:
+        shape = torch.Size([rows, *local.shape[1:]])
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(local, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)

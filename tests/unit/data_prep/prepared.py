@@ -91,3 +91,24 @@ def by_session(rows: list[tuple]) -> dict[str, list[tuple]]:
     for row in rows:
         sessions.setdefault(row[0], []).append(row)
     return {key: sorted(events, key=lambda row: float(row[2])) for key, events in sessions.items()}
+
+
+def feature_values(data: Prepared, name: str) -> dict[str, object]:
+    """Item token -> its value: text, list of texts, or number (0 where it has none)."""
+    (feature,) = [entry for entry in data.manifest["features"] if entry["name"] == name]
+    values = data.npy(feature["values"])
+    if feature["kind"] == "float":
+        return {token: float(values[number]) for token, number in data.ids.items()}
+    vocabulary = pq.read_table(io.BytesIO(data.bytes(feature["vocabulary"])))
+    texts = {
+        0: None,
+        1: "unknown",
+        **dict(zip(vocabulary["id"].to_pylist(), vocabulary["token"].to_pylist(), strict=True)),
+    }
+    if feature["kind"] == "token":
+        return {token: texts[int(values[number])] for token, number in data.ids.items()}
+    indptr = data.npy(feature["indptr"])
+    return {
+        token: [texts[int(value)] for value in values[indptr[number] : indptr[number + 1]]]
+        for token, number in data.ids.items()
+    }

@@ -1,0 +1,99 @@
+"""Starting a run from the weights of an earlier one, on a data set that may have grown since (`init_from`).
+
+Item rows and the embedded values of features keep what was learned, with the state of their optimizers and its step
+counts, so that Adam's moments mean what they did. What the old data set did not have begins as in a fresh run: with its
+initial value, its optimizer state zero. Steps, epochs, schedule, order of the sessions and early stopping begin anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gru4recf_dist import recommender, typed_yaml
+from gru4recf_dist.checkpoint import Checkpoints, best_step, complete_steps, read_commit, weight_settings
+from gru4recf_dist.config import Config
+from gru4recf_dist.data import storage
+from gru4recf_dist.data.shard_format import Manifest
+from gru4recf_dist.errors import UserError
+from gru4recf_dist.model.features import FeatureSpec, encoder_order, kept_rows
+from gru4recf_dist.parallel.engines import Engine
+from gru4recf_dist.parallel.ranks import Ranks, from_first
+from gru4recf_dist.table.item_table import ShardedItemTable
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint to start from.
+
+    Attributes:
+        step: of the earlier run.
+        specs: the features as that run embedded them.
+    """
+
+    step: int
+    specs: list[FeatureSpec]
+
+
+def find(config: Config, manifest: Manifest) -> Origin:
+    """The best checkpoint of ``config.init_from`` (the newest, if none is marked), once it is known to fit.
+
+    Raises:
+        UserError: there is none, or its model is another one, or its data set is no ancestor of ``manifest``'s.
+    """
+    folder = config.init_from
+    url = storage.join(folder, "config.yaml")
+    if not storage.exists(url):
+        raise UserError(f"init_from: {folder} is not the folder of a run (it has no config.yaml)")
+    checkpoints = storage.join(folder, "checkpoints")
+    steps = complete_steps(checkpoints)
+    if not steps:
+        raise UserError(f"init_from: {folder} has no complete checkpoint")
+    _check_settings(typed_yaml.load(Config, url, []), config)
+    best = best_step(checkpoints)
+    step = steps[-1] if best is None else best
+    state = read_commit(checkpoints, step)["state"]
+    if "features" not in state:
+        raise UserError(f"init_from: {folder}: its checkpoints are of a version that did not record the features")
+    if state["training_data"] not in (manifest.training_digest, *manifest.ancestors):
+        raise UserError(
+            f"init_from: {folder} was trained on a data set that {config.data} was not made from by appending: "
+            "the same ids would mean other items"
+        )
+    specs = [FeatureSpec(**spec) for spec in state["features"]]
+    _check_features(folder, specs, recommender.feature_specs(config.model, manifest))
+    return Origin(step, specs)
+
+
+def load(config: Config, manifest: Manifest, engine: Engine, table: ShardedItemTable, ranks: Ranks) -> None:
+    """Fill the freshly initialised ``engine`` and ``table`` from ``config.init_from``.
+
+    Raises:
+        UserError: as `find`.
+    """
+    origin = from_first(ranks, lambda: find(config, manifest))
+    rows = kept_rows(origin.specs, recommender.feature_specs(config.model, manifest))
+    kept = {f"feature_embed_layer.{name}": places for name, places in rows.items()}
+    Checkpoints(config.init_from, ranks).load_smaller(origin.step, engine, table, kept)
+
+
+def _check_settings(before: Config, config: Config) -> None:
+    now = weight_settings(config)
+    for key, old in weight_settings(before).items():
+        # `all` and the list of all are the same features: `_check_features` compares what was meant.
+        if key != "model.features" and old != now[key]:
+            raise UserError(f"{key}: {now[key]!r}, but {config.init_from} (init_from) was trained with {old!r}")
+
+
+def _check_features(folder: str, old: list[FeatureSpec], new: list[FeatureSpec]) -> None:
+    before, now = encoder_order(old), encoder_order(new)
+    names = [[f"{spec.name} ({spec.kind})" for spec in specs] for specs in (before, now)]
+    if names[0] != names[1]:
+        given = ", ".join(names[1]) or "none"
+        raise UserError(f"model.features: {given}, but {folder} (init_from) was trained with {', '.join(names[0])}")
+    for was, now_is in zip(before, now, strict=True):
+        grows = was.kind in ("token", "token_seq")
+        if now_is.size < was.size or (not grows and now_is.size != was.size):
+            raise UserError(
+                f"model.features: '{was.name}' has size {now_is.size}, but {folder} (init_from) was trained with "
+                f"size {was.size}"
+            )

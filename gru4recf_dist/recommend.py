@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -88,8 +89,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _read_tokens(config: Config, manifest: Manifest) -> list[str]:
     """The raw token of each item id; entry 0, the padding, is empty."""
     url = storage.join(config.data, TOKENS)
-    with storage.open_read(url) as stream:
-        tokens = pq.read_table(stream, columns=["token"])["token"].to_pylist()
+    # Copied to Arrow's own memory: its threads outlive the read a little, and one that lets go of a Python object while
+    # Python ends aborts the process.
+    content = pa.BufferOutputStream()
+    content.write(storage.read_bytes(url))
+    tokens = pq.read_table(pa.BufferReader(content.getvalue()), columns=["token"])["token"].to_pylist()
     if len(tokens) != manifest.items:
         raise UserError(f"{url}: holds {len(tokens)} tokens, the manifest says {manifest.items}")
     return ["", *tokens]

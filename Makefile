@@ -28,8 +28,8 @@ lint: .venv/.installed ## check format and style
 bench: .venv/.installed ## measure against other implementations; ARGS="..." is passed on
 	$(BIN)/python -m benchmarks $(ARGS)
 
-clean: ## remove .venv, caches and build products; data/ and runs/ stay
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+clean: ## remove .venv, .venv-peers, caches and build products; data/ and runs/ stay
+	rm -rf .venv .venv-peers build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian's python3 comes without ensurepip, which venv needs.

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
+from benchmarks.measuring import launch, packed_events
 from gru4recf_dist import config as configuration
 from gru4recf_dist.config import Config
 from gru4recf_dist.data.batches import pack_training
@@ -70,16 +70,12 @@ def _loading(config: Config) -> float:
     events, started = 0, time.perf_counter()
     # At least one whole epoch, and long enough that opening files is not all there is.
     while time.perf_counter() - started < 2.0:
-        for block in loader:
-            events += pack_training(block, config.loader.max_length, config.loader.context).events
+        events += packed_events(loader, config.loader)
     return events / (time.perf_counter() - started)
 
 
 def _start_worker(world: int) -> dict[str, float]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    command = [*launch, "-m", "benchmarks", "--worker", *sys.argv[1:]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    finished = launch(world, "benchmarks", "--worker", *sys.argv[1:], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(finished.stdout.splitlines()[-1])
 
 

@@ -17,11 +17,10 @@ import numpy as np
 import torch
 
 from benchmarks import synthetic_events
-from benchmarks.measuring import interleaved, print_table
+from benchmarks.measuring import interleaved, packed_events, print_table
 from benchmarks.peers import PeerLoaders
 from gru4recf_dist.config import LoaderConfig
 from gru4recf_dist.data import storage
-from gru4recf_dist.data.batches import pack_training
 from gru4recf_dist.data.shard_format import Manifest, read_manifest
 from gru4recf_dist.data.shards import read_blocks
 from gru4recf_dist.data.streams import SessionLoader
@@ -93,10 +92,8 @@ def _plain_read(data: str, manifest: Manifest) -> float:
 def _ours(data: str, manifest: Manifest, batch_size: int) -> float:
     config = LoaderConfig()
     loader = SessionLoader(data, manifest, config, batch_size, seed=0, rank=0, world=1)
-    started, events = time.perf_counter(), 0
-    for block in loader:
-        events += pack_training(block, config.max_length, config.context).events
-    return events / (time.perf_counter() - started)
+    started = time.perf_counter()
+    return packed_events(loader, config) / (time.perf_counter() - started)
 
 
 def _write_peer_sessions(data: str, manifest: Manifest, folder: str, events: int) -> None:

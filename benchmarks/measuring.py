@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
+
+from gru4recf_dist.config import LoaderConfig
+from gru4recf_dist.data.batches import pack_training
+from gru4recf_dist.data.streams import SessionLoader
 
 
 def interleaved(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
@@ -14,6 +20,18 @@ def interleaved(contenders: Mapping[str, Callable[[], float]], rounds: int) -> d
         for name, measure in contenders.items():
             found[name].append(measure())
     return {name: statistics.median(values) for name, values in found.items()}
+
+
+def packed_events(loader: SessionLoader, config: LoaderConfig) -> int:
+    """Read the rest of the loader's epoch to packed batches; how many events that were."""
+    return sum(pack_training(block, config.max_length, config.context).events for block in loader)
+
+
+def launch(ranks: int, module: str, *arguments: str, **settings) -> subprocess.CompletedProcess:
+    """Run a module under torchrun, each rank on one thread; ``settings`` are those of `subprocess.run`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, "-m", module, *arguments], env=environment, **settings)
 
 
 def print_table(title: str, lines: Sequence[Sequence[str]]) -> None:

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 
-from benchmarks.measuring import print_table
+from benchmarks.measuring import launch, print_table
 from benchmarks.repeated_data import write_repeated
 from gru4recf_dist import config as configuration
 from gru4recf_dist.data import storage
@@ -76,7 +75,6 @@ def _parse() -> argparse.Namespace:
 
 def _train(arguments: argparse.Namespace, run_dir: str) -> list[dict]:
     """The lines of metrics.jsonl of a run of ``arguments.steps`` steps without evaluation in between."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.ranks}"]
     settings = [
         f"run_dir={run_dir}",
         f"max_steps={arguments.steps}",
@@ -85,8 +83,8 @@ def _train(arguments: argparse.Namespace, run_dir: str) -> list[dict]:
         "evaluation.baselines=false",
         "monitoring.progress=false",
     ]
-    command = [*launch, "-m", "gru4recf_dist.train", "--config", arguments.config, *arguments.overrides, *settings]
-    finished = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    given = ["--config", arguments.config, *arguments.overrides, *settings]
+    finished = launch(arguments.ranks, "gru4recf_dist.train", *given, stdout=subprocess.DEVNULL)
     if finished.returncode:
         raise SystemExit(finished.returncode)
     return [json.loads(line) for line in storage.read_bytes(f"{run_dir}/metrics.jsonl").splitlines()]

@@ -36,7 +36,7 @@ class _Decoded(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+    def readinto(self, buffer: memoryview) -> int:
         while not self._ready and not self._ended:
             self._ready = memoryview(self._next_lines().encode())
         count = min(len(buffer), len(self._ready))

@@ -1,4 +1,4 @@
-"""A finished run's model, loaded from its folder for evaluation or recommendation."""
+"""An earlier run, by its folder: its configuration, its best checkpoint, its model for evaluation or recommendation."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import argparse
 
 from gru4recf_dist import config as configuration
 from gru4recf_dist import recommender
-from gru4recf_dist.checkpoint import Checkpoints
+from gru4recf_dist.checkpoint import Checkpoints, best_step, complete_steps
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.shard_format import Manifest, read_manifest
 from gru4recf_dist.errors import UserError
-from gru4recf_dist.parallel.ranks import Ranks
+from gru4recf_dist.parallel.ranks import Ranks, from_first
 from gru4recf_dist.recommender import Recommender
 
 
@@ -24,30 +24,45 @@ def add_run_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", "--run-dir", required=True, metavar="RUN_DIR", help="folder or URL of a run")
 
 
-def read_config(run_dir: str, overrides: list[str]) -> Config:
+def read_config(run_dir: str, overrides: list[str], key: str = "--run") -> Config:
     """The configuration that a run was trained with.
+
+    Args:
+        key: what ``run_dir`` was given as, for the error.
 
     Raises:
         UserError: there is no run, or an override is wrong.
     """
     url = storage.join(run_dir, "config.yaml")
     if not storage.exists(url):
-        raise UserError(f"--run: {run_dir} is not the folder of a run (it has no config.yaml)")
+        raise UserError(f"{key}: {run_dir} is not the folder of a run (it has no config.yaml)")
     # Not as an override: OmegaConf would read a folder called 2024 as a number.
     return configuration.load(url, overrides, training=False).model_copy(update={"run_dir": run_dir})
 
 
+def chosen_step(run_dir: str, key: str = "--run") -> int:
+    """Step of the run's best checkpoint; of the newest, if none was marked best.
+
+    Raises:
+        UserError: the run has no complete checkpoint.
+    """
+    folder = storage.join(run_dir, "checkpoints")
+    steps = complete_steps(folder)
+    if not steps:
+        raise UserError(f"{key}: {run_dir} has no complete checkpoint")
+    best = best_step(folder)
+    return steps[-1] if best is None else best
+
+
 def load_model(config: Config, ranks: Ranks) -> tuple[Recommender, Manifest]:
-    """The model of the run's best checkpoint; of the newest, if none was marked best.
+    """The model of the run's `chosen_step`.
 
     Raises:
         UserError: the run has no complete checkpoint, or its data set is gone.
     """
-    checkpoints = Checkpoints(config.run_dir, ranks)
-    newest, best = checkpoints.newest(), checkpoints.best()
-    if newest is None:
-        raise UserError(f"--run: {config.run_dir} has no complete checkpoint")
+    # Rank 0 decides: what a shared file system shows to different machines may differ for a while.
+    step = from_first(ranks, lambda: chosen_step(config.run_dir))
     manifest = read_manifest(config.data)
     model = recommender.build(config, manifest, ranks, training=False)
-    checkpoints.load(newest if best is None else best, None, model.encoder, model.table)
+    Checkpoints(config.run_dir, ranks).load(step, None, model.encoder, model.table)
     return model, manifest

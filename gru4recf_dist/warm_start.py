@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gru4recf_dist import recommender, typed_yaml
-from gru4recf_dist.checkpoint import Checkpoints, best_step, complete_steps, read_commit, weight_settings
+from gru4recf_dist import recommender, trained_run
+from gru4recf_dist.checkpoint import Checkpoints, read_commit, weight_settings
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.shard_format import Manifest
@@ -41,17 +41,10 @@ def find(config: Config, manifest: Manifest) -> Origin:
         UserError: there is none, or its model is another one, or its data set is no ancestor of ``manifest``'s.
     """
     folder = config.init_from
-    url = storage.join(folder, "config.yaml")
-    if not storage.exists(url):
-        raise UserError(f"init_from: {folder} is not the folder of a run (it has no config.yaml)")
-    checkpoints = storage.join(folder, "checkpoints")
-    steps = complete_steps(checkpoints)
-    if not steps:
-        raise UserError(f"init_from: {folder} has no complete checkpoint")
-    _check_settings(typed_yaml.load(Config, url, []), config)
-    best = best_step(checkpoints)
-    step = steps[-1] if best is None else best
-    state = read_commit(checkpoints, step)["state"]
+    before = trained_run.read_config(folder, [], key="init_from")
+    step = trained_run.chosen_step(folder, key="init_from")
+    _check_settings(before, config)
+    state = read_commit(storage.join(folder, "checkpoints"), step)["state"]
     if "features" not in state:
         raise UserError(f"init_from: {folder}: its checkpoints are of a version that did not record the features")
     if state["training_data"] not in (manifest.training_digest, *manifest.ancestors):

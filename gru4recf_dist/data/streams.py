@@ -205,7 +205,7 @@ class SessionLoader:
             yield from parts
             return
         # Each worker yields one block a step: `workers` blocks, asked for in turn, are one step.
-        with contextlib.closing(in_workers(parts, workers, preload=__name__)) as loaded:
+        with contextlib.closing(in_workers(parts, workers)) as loaded:
             for _ in range(steps):
                 yield columns.concatenate([_unwrap(next(loaded)) for _ in range(workers)])
 

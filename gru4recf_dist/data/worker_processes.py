@@ -14,18 +14,15 @@ from torch.utils.data import DataLoader, IterableDataset
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
 
 
-def in_workers(dataset: IterableDataset, workers: int, preload: str) -> Generator[Any]:
+def in_workers(dataset: IterableDataset, workers: int) -> Generator[Any]:
     """What ``dataset`` yields in each of ``workers`` processes, asking them in turn.
 
     The processes end when the generator is closed or the program ends.
-
-    Args:
-        preload: module that ``dataset`` comes from, imported once for all processes.
     """
     # forkserver: a fork of a process that runs gloo, NCCL or fsspec threads may hang.
     # Preloaded, a worker starts in a tenth of a second; importing torch takes each of them seconds, every epoch.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([preload])
+    context.set_forkserver_preload([type(dataset).__module__])
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context=context)
     others = set(multiprocessing.active_children())
     # torchrun and SLURM send stop signals to every process of the group. The trainer acts on them after its step,

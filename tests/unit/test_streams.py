@@ -76,7 +76,7 @@ def _loader(
 def workers_in_process(monkeypatch):
     """Loader workers without processes: each asked in turn for one block, as the DataLoader does."""
 
-    def in_process(parts, workers, preload):
+    def in_process(parts, workers):
         iterators = [start(parts, worker, workers) for worker in range(workers)]
         while True:
             for iterator in iterators:

@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from gru4recf_dist.data.shard_format import MAX_BLOCK_SESSIONS
-from gru4recf_dist.typed_yaml import Section
+from gru4recf_dist.data.storage_config import StorageConfig
+from gru4recf_dist.section import Section
 
 Format = Literal["recbole", "csv", "tsv", "parquet", "jsonl"]
 Kind = Literal["token", "token_seq", "float", "vector"]
@@ -265,6 +266,7 @@ class Recipe(Section):
         None, gt=0, description="memory of the engine, which then spills to disk; default: the engine's own"
     )
     temporary_folder: str | None = Field(None, description="local folder to spill to; default: the system's")
+    storage: StorageConfig = Field(StorageConfig(), description="how object storage is reached")
 
     @field_validator("streams")
     @classmethod

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from tests.dist.test_engines import ADAM, STAGES, engine, relative_error, run_each
-from tests.dist.test_precision import BOUNDS, OVERFLOW_STEP, overflow
+from tests.dist.test_precision import OVERFLOW_STEP, overflow
 from tests.support.ranks import run_ranks
 from tests.support.synthetic import random_sessions, write_dataset
 from tests.support.training import small_config, train, whole
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+# Relative error after 20 steps; here the recurrence of the GRUs is computed in half precision too.
+BOUNDS = {"bf16": 0.08, "fp16": 0.02}
 
 
 @pytest.mark.parametrize("loss", ["sampled_softmax", "full_softmax"])

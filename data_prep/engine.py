@@ -18,7 +18,7 @@ BATCH_ROWS = 1 << 18
 # The unit of times that are dates is one microsecond; this many are a second.
 MICROSECONDS = 1_000_000
 
-# Reads one file, by its number: its rows. Lines that are no rows go to the collection, which also counts those left out.
+# Reads one file, by its number: its rows. Lines that are no rows go to the collection, with the number left out.
 FileReader = Callable[[int, BadRows], Iterator[pa.Table]]
 # Takes sorted rows and gives texts, such as descriptions of what it wrote.
 SortedTask = Callable[[Iterator[pa.RecordBatch]], Iterator[str]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -13,21 +12,11 @@ import pytest
 
 from data_prep.recipe import Spark
 from gru4recf_dist.errors import UserError
+from tests.unit.data_prep.both_engines import ON_SPARK, SPARK, check_same
 from tests.unit.data_prep.prepared import Prepared, random_rows, run, write_csv
 
-pytest.importorskip("pyspark", reason="needs pyspark")
-pytestmark = [
-    pytest.mark.spark,
-    pytest.mark.skipif(shutil.which("java") is None, reason="needs Java (apt-get install default-jre-headless)"),
-]
+pytestmark = [*ON_SPARK, pytest.mark.usefixtures("spark_application")]
 
-SETTINGS = {
-    # Tiny tables would otherwise all be in one partition, where nothing can come out of order.
-    "spark.sql.shuffle.partitions": "3",
-    "spark.sql.adaptive.coalescePartitions.enabled": "false",
-    # Compiling a query takes longer than running it here.
-    "spark.sql.codegen.wholeStage": "false",
-}
 ODD_NUMBERS = ["1_0.5", "1_", "1.5f", " 7 ", "0x1p3", "1e1", ".5", "5.", "inf", "NaN", "1e400", "noon", "+3", "1\x1f"]
 ODD_DATES = [
     *("2024-01-02", "2024-1-2", " 2024-01-02", "2024-01-02 ", "2024-01-02 3:4:5", "2024-01-02T03", "2024-01-02 03:04"),
@@ -45,16 +34,6 @@ ODD_DATES = [
     ),
     *("10000-01-01", "300000-01-01", "2024-01-02t03:04:05", "2024-01-02T03:04:05,5", "2024-01-02 03:04:05+2"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def session(tmp_path_factory):
-    """One application for the module: starting one takes longer than a preparation."""
-    from data_prep import spark_session
-
-    session, _ = spark_session.start(Spark(master="local[2]"), str(tmp_path_factory.mktemp("spark")))
-    yield session
-    session.stop()
 
 
 def test_missing_java_is_one_line(monkeypatch, tmp_path):
@@ -96,37 +75,19 @@ def test_errors_of_executors_in_one_line():
         raise PySparkException("a bug of ours")
 
 
-def files_of(folder) -> dict[str, bytes]:
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-
-
 def run_both(tmp_path, content: dict) -> Prepared:
-    """Prepare with each engine; all must be equal but the recipe that the manifest keeps."""
     content = {"shard_sessions": 7, "block_sessions": 3, "streams": 4, "store_times": True, **content}
     duckdb, spark = tmp_path / "duckdb", tmp_path / "spark"
     run({**content, "output": str(duckdb)})
     run_spark(tmp_path, {**content, "output": str(spark)})
-    # First what tells most of a difference.
-    assert quarantine(spark) == quarantine(duckdb)
-    assert files_of(spark) == files_of(duckdb)
-    first, second = (json.loads((folder / "manifest.json").read_text()) for folder in (duckdb, spark))
-    assert first.pop("recipe")["engine"] == "duckdb"
-    assert second.pop("recipe")["engine"] == "spark"
-    assert second == first
+    check_same(duckdb, spark)
     return Prepared(spark)
-
-
-def quarantine(folder) -> list[str]:
-    path = folder / "quarantine.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def run_spark(tmp_path, content: dict) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    spark = {"master": "local[2]", "settings": SETTINGS}
-    run({**content, "threads": None, "engine": "spark", "spark": spark, "temporary_folder": str(scratch)})
+    run({**content, "threads": None, "engine": "spark", "spark": SPARK, "temporary_folder": str(scratch)})
     assert not any(scratch.iterdir())
 
 
@@ -137,8 +98,11 @@ def test_leave_one_out_with_k_core_bad_rows_and_features(tmp_path):
     for part in range(3):
         path = write_csv(tmp_path / f"raw/{part}.csv", [*rows[part::3], *odd[part::3]])
         path.write_text(path.read_text() + f"s1,i1\ns1,,{part}\n,i2,3\ns2,i2,1,2\n" + "s3,i3,4\n" * part)
-    items = [f"i{n},{'ab'[n % 2] * (n % 4)},x y  {'z' * (n % 3)},{number}" for n, number in enumerate(ODD_NUMBERS * 3)]
-    (tmp_path / "raw/items.txt").write_text("\n".join(["item_id,brand,tags,price", *items, items[4], ""]))
+    numbers = ODD_NUMBERS * 3
+    items = [f"i{n},{'ab'[n % 2] * (n % 4)},x y  {'z' * (n % 3)},{number},5" for n, number in enumerate(numbers)]
+    # Rows that count before or after those, or do not, by an odd time.
+    items += [f"i{n},late,,{n},{number}" for n, number in enumerate(numbers)]
+    (tmp_path / "raw/items.txt").write_text("\n".join(["item_id,brand,tags,price,seen", *items, items[4], ""]))
     np.save(tmp_path / "raw/images.npy", np.arange(30, dtype=np.float32).reshape(10, 3))
     (tmp_path / "raw/names.txt").write_text("\n".join(f"i{n}" for n in range(10)))
     features = [
@@ -148,7 +112,8 @@ def test_leave_one_out_with_k_core_bad_rows_and_features(tmp_path):
         {"name": "image", "kind": "vector", "npy": "images.npy", "npy_items": "names.txt"},
     ]
     content = {"source": str(tmp_path / "raw"), "input": {"format": "csv"}, "min_item_support": 6}
-    data = run_both(tmp_path, {**content, "items": {"file": "items.txt", "format": "csv"}, "features": features})
+    table = {"file": "items.txt", "format": "csv", "time": "seen"}
+    data = run_both(tmp_path, {**content, "items": table, "features": features})
     assert len(data.shards("train")) > 8
     steps = {row["step"]: row for row in data.manifest["report"] if "step" in row}
     assert steps["k-core filter"]["events"] < steps["drop short sessions"]["events"]
@@ -156,21 +121,24 @@ def test_leave_one_out_with_k_core_bad_rows_and_features(tmp_path):
 
 
 def test_users_cut_by_gap_with_dates_as_text(tmp_path):
-    """Dates with ties and many spellings, repeated events, split by shares of time."""
+    """Dates with ties and many spellings, odd places within them, repeated events, split by shares of time."""
     start = datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)
     rows = [
-        (user, item, (start + datetime.timedelta(seconds=97 * time)).strftime("%Y-%m-%d %H:%M:%S"))
-        for user, item, time in random_rows(2, events=500, sessions=12, times=60)
+        (user, item, (start + datetime.timedelta(seconds=97 * time)).strftime("%Y-%m-%d %H:%M:%S"), -line)
+        for line, (user, item, time) in enumerate(random_rows(2, events=500, sessions=12, times=60))
     ]
-    odd = [("odd", f"i{number}", f'"{date}"') for number, date in enumerate(ODD_DATES)]
-    path = write_csv(tmp_path / "raw.csv", [*rows[:250], *odd, *rows[200:]], "user,item_id,timestamp")
-    given = {"format": "csv", "user": "user", "time_format": "datetime"}
+    odd = [("odd", f"i{number}", f'"{date}"', 1) for number, date in enumerate(ODD_DATES)]
+    odd += [("places", f"i{number}", "2024-01-02", place) for number, place in enumerate(ODD_NUMBERS)]
+    path = write_csv(tmp_path / "raw.csv", [*rows[:250], *odd, *rows[200:]], "user,item_id,timestamp,place")
+    given = {"format": "csv", "user": "user", "time_format": "datetime", "time_within": "place"}
     content = {"source": str(path), "input": given, "session_gap": 600, "deduplicate": True}
     data = run_both(tmp_path, {**content, "split": {"method": "temporal"}})
     steps = {row["step"]: row for row in data.manifest["report"]}
     assert steps["deduplicate"]["events"] < steps["drop bad rows"]["events"]
     assert steps["sessionize"]["sessions"] > 1.5 * steps["users"]["sessions"]
-    assert 5 < len(data.bytes("quarantine.jsonl").splitlines()) < len(ODD_DATES) - 5
+    reasons = [json.loads(line)["reason"] for line in data.bytes("quarantine.jsonl").splitlines()]
+    assert 5 < reasons.count("time is not a datetime") < len(ODD_DATES) - 5
+    assert 3 < reasons.count("time_within is not a number") < len(ODD_NUMBERS) - 3
 
 
 def test_given_files_of_parquet(tmp_path):
@@ -213,11 +181,13 @@ def test_json_lines_split_by_date(tmp_path):
     assert len(data.bytes("quarantine.jsonl").splitlines()) == 2
 
 
-def test_error_on_an_executor_is_the_same_line(tmp_path):
-    """A file that lacks a column is found by the task that reads it; nothing is left behind."""
+@pytest.mark.parametrize("header", ["session_id,item_id", "session_id,item_id,timestamp"])
+def test_error_is_the_same_line(tmp_path, header):
+    """A file that lacks a column, found by the task that reads it; no row to keep in any. Nothing is left behind."""
     write_csv(tmp_path / "raw/0.csv", random_rows(1))
-    write_csv(tmp_path / "raw/1.csv", [("s1", "i1")], "session_id,item_id")
-    content = {"source": str(tmp_path / "raw"), "output": str(tmp_path / "out"), "input": {"format": "csv"}}
+    write_csv(tmp_path / "raw/1.csv", [("s1", "i1", 1)[: header.count(",") + 1]], header)
+    given = {"format": "csv", "keep": {"item_id": ["none"]}}
+    content = {"source": str(tmp_path / "raw"), "output": str(tmp_path / "out"), "input": given}
     with pytest.raises(UserError) as duckdb:
         run(content)
     with pytest.raises(UserError) as spark:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep import readers
-from data_prep.engine import Engine
+from data_prep.engine import Engine, finite
 from data_prep.item_tables import item_tables
 from data_prep.recipe import FeatureRecipe, Recipe
 from data_prep.sources import resolve
@@ -197,9 +197,9 @@ def _write_token_seq(
 def _write_float(
     engine: Engine, column: ir.Table, items: int, data: str, feature: FeatureRecipe
 ) -> tuple[Feature, np.ndarray]:
-    number = column.value.try_cast("float64") if isinstance(column.value.type(), dt.String) else column.value
+    number = engine.number(column.value) if isinstance(column.value.type(), dt.String) else column.value
     numbers = column.select("id", "popularity", value=number)
-    usable = numbers.filter(numbers.value.notnull() & ~numbers.value.isnan() & ~numbers.value.isinf())
+    usable = numbers.filter(finite(numbers.value))
     values = np.zeros(items + 1, dtype=np.float64)
     present = np.zeros(items + 1, dtype=bool)
     trained = np.zeros(items + 1, dtype=bool)

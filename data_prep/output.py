@@ -26,6 +26,8 @@ OURS = frozenset({MANIFEST, QUARANTINE, KEPT_MANIFESTS, "items", *SPLITS})
 # Where an append writes files beside those that a manifest names.
 _FILLED = ("items", "items/features", *SPLITS)
 _LATER_QUARANTINE = re.compile(r"quarantine-(\d+)\.jsonl")
+# A file that was being written when its program was killed.
+_HALF_WRITTEN = re.compile(r"(manifest\.json|quarantine-\d+\.jsonl)\.[0-9a-f]+\.tmp")
 
 
 def check_replaceable(url: str) -> None:
@@ -98,7 +100,7 @@ def _clear(url: str) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    return name in OURS or _LATER_QUARANTINE.fullmatch(name) is not None
+    return name in OURS or any(pattern.fullmatch(name) for pattern in (_LATER_QUARANTINE, _HALF_WRITTEN))
 
 
 @contextlib.contextmanager
@@ -143,7 +145,8 @@ def _remove_unnamed(url: str) -> None:
     unnamed = [name for name in found if name not in named and name not in folders]
     for name in storage.list_names(url):
         later = _LATER_QUARANTINE.fullmatch(name)
-        if later and int(later[1]) > len(manifest.ancestors):
+        if _HALF_WRITTEN.fullmatch(name) or (later and int(later[1]) > len(manifest.ancestors)):
             unnamed.append(name)
+    unnamed += [f"{KEPT_MANIFESTS}/{name}" for name in kept if not name.endswith(".json")]
     for name in unnamed:
         storage.remove_tree(storage.join(url, name))

@@ -223,7 +223,7 @@ class _Preparation:
             if name != "train":
                 last_only = (part.place == part.stored - 1) if self.one_target else (part.place > 0)
                 joined = part.filter(last_only).join(catalog, "item")
-                untrained = (joined.popularity == 0).cast("int64").sum()
+                untrained = (joined.popularity == 0).cast("int64").sum().fill_null(0)
                 found = self.engine.row(joined.agg(targets=joined.count(), untrained=untrained))
                 more = {"targets": found["targets"], "untrained_targets": int(found["untrained"])}
                 more["untrained_share"] = round(more["untrained_targets"] / max(more["targets"], 1), 6)

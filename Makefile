@@ -21,7 +21,7 @@ quickstart: .venv/.installed ## fetch MovieLens-100k, prepare it, train on 2 ran
 # Only engine=spark of data_prep, and its tests, need Java.
 HAS_JAVA = java -version >/dev/null 2>&1
 
-test: .venv/.installed ## run the tests, without root (not those that need a GPU or a SLURM cluster)
+test: .venv/.installed .venv-mitmproxy/.installed ## run the tests, without root (not those that need a GPU or a SLURM cluster)
 	@$(HAS_JAVA) || [ "$$(id -u)" != 0 ] || { apt-get update -q && apt-get install -y -q --no-install-recommends default-jre-headless; } \
 		|| echo 'no Java could be installed: the tests on Spark will be skipped'
 	$(BIN)/python -m pytest -m "not gpu and not slurm" $(ARGS)
@@ -33,8 +33,8 @@ lint: .venv/.installed ## check format and style
 bench: .venv/.installed ## measure against other implementations; ARGS="..." is passed on
 	$(BIN)/python -m benchmarks $(ARGS)
 
-clean: ## remove .venv, .venv-peers, caches and build products; data/ and runs/ stay
-	rm -rf .venv .venv-peers build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+clean: ## remove .venv, the other .venv-*, caches and build products; data/ and runs/ stay
+	rm -rf .venv .venv-peers .venv-mitmproxy build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian's python3 comes without ensurepip, which venv needs.
@@ -52,3 +52,10 @@ HAS_VENV = $(PYTHON) -c 'import ensurepip' 2>/dev/null
 	@echo 'installing into .venv: this takes minutes, and 2.1 GB (more with the CUDA build of torch)'
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@mv .venv/.unfinished $@
+
+# The tests' fault proxy has a virtual environment of its own, as its pins clash with ours. The stamp is written last.
+.venv-mitmproxy/.installed: tests/support/mitmproxy-requirements.txt | .venv/.installed
+	rm -rf .venv-mitmproxy
+	$(BIN)/python -m venv .venv-mitmproxy
+	.venv-mitmproxy/bin/python -m pip install --quiet -r $<
+	@touch $@

@@ -52,7 +52,7 @@ def _events(source: str, manifest: Manifest, times: int) -> Iterator[pa.RecordBa
     train = manifest.splits["train"]
     for stream in range(manifest.streams):
         infos = [shard for shard in train.shards if shard.stream == stream]
-        sessions = concatenate([block for info in infos for block in read_blocks(source, info)])
+        sessions = concatenate([block for info in infos for block in read_blocks(source, info, manifest.items)])
         count = len(sessions.lengths)
         for copy in range(times):
             # A number tells the stream, too: that of its remainder.

@@ -90,7 +90,7 @@ class _Preparation:
                 splits=infos,
                 features=written,
                 report=self.report.rows,
-                recipe=self.recipe.model_dump(mode="json"),
+                recipe=self.recipe.model_dump(mode="json", exclude={"storage"}),
             )
             write_manifest(data, manifest)
         return self.report

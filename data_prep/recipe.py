@@ -8,9 +8,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from gru4recf_dist.data import storage
+from gru4recf_dist.data import filesystems
 from gru4recf_dist.data.shard_format import MAX_BLOCK_SESSIONS
-from gru4recf_dist.typed_yaml import Section
+from gru4recf_dist.data.storage_config import StorageConfig
+from gru4recf_dist.section import Section
 
 Format = Literal["recbole", "csv", "tsv", "parquet", "jsonl"]
 Kind = Literal["token", "token_seq", "float", "vector"]
@@ -315,6 +316,7 @@ class Recipe(Section):
         description="duckdb: local folder to spill to, by default the system's; spark: folder of the tables between "
         "the steps, a path or Hadoop URL, which all executors must reach",
     )
+    storage: StorageConfig = Field(StorageConfig(), description="how object storage is reached")
 
     @field_validator("streams")
     @classmethod
@@ -331,7 +333,7 @@ class Recipe(Section):
             if getattr(self, key) is not None:
                 raise ValueError(f"{key} is for engine duckdb; with spark use {instead}")
         for key in ("source", "output"):
-            if storage.protocol_of(getattr(self, key)) == "memory":
+            if filesystems.protocol_of(getattr(self, key)) == "memory":
                 raise ValueError(f"{key}: engine spark works in other processes, which do not see memory://")
         if not self.spark.is_local and self.temporary_folder is None:
             raise ValueError(f"temporary_folder must be given with spark.master={self.spark.master}")

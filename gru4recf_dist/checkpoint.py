@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
+from gru4recf_dist.checkpoint_files import CheckpointReader, CheckpointWriter, storage_errors
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.errors import UserError
@@ -52,12 +52,12 @@ class Checkpoints:
         from_first(self.ranks, lambda: storage.remove_tree(url))
         if storage.is_local(url):
             from_first(self.ranks, lambda: storage.make_folder(url))
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), storage_errors(f"{url}: this checkpoint cannot be written"):
             # torch announces changes of its own internals here that are of no use to a person who trains.
             warnings.simplefilter("ignore")
             dcp.save(
                 _tensors(engine, table),
-                storage_writer=FsspecWriter(url),
+                storage_writer=CheckpointWriter(url),
                 process_group=self.ranks.host,
             )
         commit = {"step": step, "table_steps": table.optimizer.steps, "world_size": self.ranks.world, "state": state}
@@ -143,7 +143,7 @@ class Checkpoints:
         """The size of every saved tensor, by its name."""
         url = self._url(step)
         try:
-            metadata = FsspecReader(url).read_metadata()
+            metadata = CheckpointReader(url).read_metadata()
         except (OSError, pickle.UnpicklingError, EOFError) as error:
             raise UserError(f"{url}: this checkpoint is damaged ({storage.first_line(error)})") from error
         return {name: saved.size for name, saved in metadata.state_dict_metadata.items() if hasattr(saved, "size")}
@@ -151,13 +151,10 @@ class Checkpoints:
     def _read(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
         """Fill ``tensors`` from the checkpoint, which must have each at the same size."""
         url = self._url(step)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                dcp.load(tensors, storage_reader=FsspecReader(url), process_group=self.ranks.host)
-        except dcp.CheckpointException as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise UserError(f"{url}: this checkpoint is damaged or of another configuration ({reason})") from error
+        damaged = f"{url}: this checkpoint is damaged or of another configuration"
+        with warnings.catch_warnings(), storage_errors(damaged):
+            warnings.simplefilter("ignore")
+            dcp.load(tensors, storage_reader=CheckpointReader(url), process_group=self.ranks.host)
 
     def _url(self, step: int) -> str:
         return storage.join(self.folder, f"{_PREFIX}{step:08d}")

@@ -19,8 +19,9 @@ from pydantic import (
 )
 
 from gru4recf_dist import typed_yaml
+from gru4recf_dist.data.storage_config import StorageConfig
 from gru4recf_dist.errors import UserError
-from gru4recf_dist.typed_yaml import Section
+from gru4recf_dist.section import Section
 
 
 class ModelConfig(Section):
@@ -95,6 +96,9 @@ class LoaderConfig(Section):
     context: NonNegativeInt = Field(10, description="events by which the windows of a longer session overlap")
     shuffle_window: PositiveInt = Field(16384, description="sessions of a stream that are shuffled together")
     workers: NonNegativeInt = Field(0, description="loader processes a rank")
+    on_bad_shard: Literal["fail", "skip"] = Field(
+        "fail", description="skip: a damaged shard's sessions count as weight 0, and what was lost is reported"
+    )
 
     @model_validator(mode="after")
     def _context_is_shorter(self) -> LoaderConfig:
@@ -177,6 +181,7 @@ class Config(Section):
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
+    storage: StorageConfig = StorageConfig()
 
     @model_validator(mode="after")
     def _ends(self) -> Config:

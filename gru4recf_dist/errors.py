@@ -5,11 +5,28 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
     """Bad configuration or input. Its text is one line that names the key or the file."""
+
+
+_hidden: set[str] = set()
+# A shorter text is no secret, and would be found everywhere.
+_SHORTEST_HIDDEN = 4
+
+
+def hide(texts: Iterable[str]) -> None:
+    """Leave ``texts``, such as credentials, out of all messages from now on."""
+    _hidden.update(text for text in texts if len(text) >= _SHORTEST_HIDDEN)
+
+
+def redacted(message: str) -> str:
+    """``message`` without what `hide` was given."""
+    for text in sorted(_hidden, key=len, reverse=True):
+        message = message.replace(text, "***")
+    return message
 
 
 _every_rank_reports = False
@@ -34,7 +51,7 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
             return main(*args, **kwargs) or 0
         except UserError as error:
             if _every_rank_reports or os.environ.get("RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                print(f"error: {redacted(str(error))}", file=sys.stderr, flush=True)
             return 2
 
     return wrapper

@@ -12,7 +12,7 @@ from gru4recf_dist import recommender, warm_start
 from gru4recf_dist.checkpoint import complete_steps
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import assignment, storage
-from gru4recf_dist.data.shard_format import MANIFEST, POPULARITY, read_manifest
+from gru4recf_dist.data.shard_format import MANIFEST, POPULARITY, file_url, read_manifest
 from gru4recf_dist.errors import UserError, exits_cleanly
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.parallel.deepspeed_settings import deepspeed_settings
@@ -61,20 +61,27 @@ def check(config: Config) -> str:
     if config.init_from is not None and not is_resumed:
         warm_start.find(config, manifest)
     features = [manifest.feature(spec.name) for spec in specs]
-    for name in [POPULARITY, *(part for feature in features for part in (feature.values, feature.indptr) if part)]:
-        url = storage.join(config.data, name)
-        if not storage.exists(url):
-            raise UserError(f"{url}: a part of the data set, and it is not there")
+    parts = [POPULARITY, *(part for feature in features for part in (feature.values, feature.indptr) if part)]
+    _check_presence(config.data, parts, "a part of the data set")
     for split, info in manifest.splits.items():
-        for shard in info.shards:
-            url = storage.join(config.data, shard.url)
-            if not storage.exists(url):
-                raise UserError(f"{url}: the manifest lists this {split} shard, and it is not there")
+        _check_presence(config.data, [shard.url for shard in info.shards], f"the manifest lists this {split} shard")
     train = manifest.splits["train"]
     return (
         f"ok: {manifest.name}, {manifest.items} items, {train.sessions} training sessions in {manifest.streams} "
         f"streams (at most {manifest.streams} ranks), run folder {config.run_dir}"
     )
+
+
+def _check_presence(data: str, names: list[str], role: str) -> None:
+    """Raise `UserError` if one of the data set's files is not there; one listing a folder, not a request a file."""
+    listings: dict[str, set[str]] = {}
+    for name in names:
+        url = file_url(data, name)
+        folder, _, file = url.rpartition("/")
+        if folder not in listings:
+            listings[folder] = set(storage.list_names(folder))
+        if file not in listings[folder]:
+            raise UserError(f"{url}: {role}, and it is not there")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

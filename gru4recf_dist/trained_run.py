@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from gru4recf_dist import config as configuration
-from gru4recf_dist import recommender
+from gru4recf_dist import recommender, typed_yaml
 from gru4recf_dist.checkpoint import Checkpoints, best_step, complete_steps
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
@@ -33,6 +33,8 @@ def read_config(run_dir: str, overrides: list[str], key: str = "--run") -> Confi
     Raises:
         UserError: there is no run, or an override is wrong.
     """
+    # The run itself may lie where only they lead.
+    typed_yaml.use_storage(Config, overrides)
     url = storage.join(run_dir, "config.yaml")
     if not storage.exists(url):
         raise UserError(f"{key}: {run_dir} is not the folder of a run (it has no config.yaml)")

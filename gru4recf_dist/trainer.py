@@ -36,6 +36,7 @@ class Progress:
     Attributes:
         step: updates made.
         best, evaluations_since_best: early stopping's memory.
+        sessions_lost: training sessions, each epoch anew, of damaged shards (`loader.on_bad_shard: skip`).
         trained_events, trained_seconds: over all ranks, for the throughput of the whole run.
     """
 
@@ -43,6 +44,7 @@ class Progress:
     best: float | None = None
     evaluations_since_best: int = 0
     trained_events: int = 0
+    sessions_lost: int = 0
     trained_seconds: float = 0.0
 
 
@@ -64,6 +66,7 @@ class _Totals:
     loss: float
     targets: float
     events: float
+    sessions_lost: float
     stop: bool
 
 
@@ -160,20 +163,28 @@ class Trainer:
         self._table_squared_norm = self.table.apply_gradients(self.config.table.lr * scale)
         self._learning_rate = self.config.optimizer.lr * scale
         self.progress.trained_events += int(totals.events)
+        self.progress.sessions_lost += int(totals.sessions_lost)
         return totals
 
     def _reduce(self, local_loss: torch.Tensor, batch: PackedBatch) -> _Totals:
         """The step's one exchange of counts and flags; it comes before the update, so a bad loss stops every rank."""
         sums = torch.tensor(
-            [float(local_loss.detach()), batch.targets_count, batch.events, self._stop_requested], dtype=torch.float64
+            [
+                float(local_loss.detach()),
+                batch.targets_count,
+                batch.events,
+                batch.sessions_lost,
+                self._stop_requested,
+            ],
+            dtype=torch.float64,
         )
-        loss, targets, events, stop = collectives.sum_over_ranks(sums, self.ranks.host).tolist()
+        loss, targets, events, sessions_lost, stop = collectives.sum_over_ranks(sums, self.ranks.host).tolist()
         if not math.isfinite(loss):
             raise UserError(
                 f"step {self.progress.step}: the loss is {loss}; nothing was updated. "
                 "Try lower optimizer.lr and table.lr, or optimizer.clip"
             )
-        return _Totals(loss, targets, events, stop > 0)
+        return _Totals(loss, targets, events, sessions_lost, stop > 0)
 
     # -- logging, evaluation, checkpoints ----------------------------------------------------------------------------
 
@@ -195,6 +206,7 @@ class Trainer:
             "table/gradient_norm": float(table_norm),
             "perf/events_per_second": window.events / seconds,
             "data/wait_share": window.wait_seconds / seconds,
+            "data/sessions_lost": self.progress.sessions_lost,
         }
         self.monitor.scalars(step, values)
         self.monitor.advance(loss=values["train/loss"], events_per_s=values["perf/events_per_second"])
@@ -297,6 +309,7 @@ class Trainer:
             steps=progress.step,
             epochs=self.loader.epochs_done,
             best_step=best,
+            sessions_lost=progress.sessions_lost,
             events_per_second=progress.trained_events / max(progress.trained_seconds, 1e-9),
             world_size=self.ranks.world,
         )
@@ -311,8 +324,16 @@ class Trainer:
                     "test",
                     protocol_of(config, self.manifest),
                     config.evaluation.ks,
+                    config.loader.on_bad_shard,
                 )
                 storage.write_json(storage.join(config.run_dir, "result.json"), result)
+        lost_targets = {split: result[split]["sessions_lost"] for split in measured if result[split]["sessions_lost"]}
+        if progress.sessions_lost or lost_targets:
+            counts = {"train": progress.sessions_lost, **lost_targets}
+            self.monitor.say(
+                "damaged shards were skipped, sessions lost: "
+                + ", ".join(f"{count} ({split})" for split, count in counts.items())
+            )
         named = {f"result/{split}/{key}": value for split in measured for key, value in result[split].items()}
         self.monitor.finish(config, named)
         return result

@@ -10,41 +10,70 @@ from typing import Any, TypeVar
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
-from gru4recf_dist.data import storage
+from gru4recf_dist.data import filesystems, storage
+from gru4recf_dist.data.storage_config import StorageConfig
 from gru4recf_dist.errors import UserError
-
-
-class Section(BaseModel):
-    """Base of every configuration section: unknown keys are errors, defaults are validated."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, coerce_numbers_to_str=True)
-
+from gru4recf_dist.section import Section
 
 Settings = TypeVar("Settings", bound=BaseModel)
+
+
+class _OnlyStorage(Section):
+    storage: StorageConfig = StorageConfig()
 
 
 def load(schema: type[Settings], path: str | None, overrides: list[str]) -> Settings:
     """Read ``path`` (any fsspec URL), apply ``key.sub=value`` overrides and validate against ``schema``.
 
+    Where the schema has a section `storage`, this process reaches files with it from then on.
+
     Raises:
         UserError: the file is missing or not YAML, an override is malformed, a key is unknown (the closest real
             key is named), or a value has the wrong type or is out of bounds.
     """
-    merged = _read(path) if path else OmegaConf.create({})
+    use_storage(schema, overrides)
+    content = _merged(_read(path) if path else {}, overrides, path or "overrides")
+    _use_storage(schema, content)
+    return _validated(schema, content)
+
+
+def use_storage(schema: type[BaseModel], overrides: list[str]) -> None:
+    """Reach files with what the overrides say of the section `storage`, if they do: nothing else is read.
+
+    Raises:
+        UserError: an override is malformed, or one of that section's is wrong.
+    """
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key or key.startswith("-"):
             raise UserError(f"'{override}': an override reads key=value, such as seed=1")
+    _use_storage(schema, _merged({}, overrides, "overrides"))
+
+
+def _merged(base: Any, overrides: list[str], source: str) -> Any:
+    """``base`` with the overrides, as plain values."""
+    merged = OmegaConf.create(base)
     try:
         for override in overrides:
-            culprit = override
+            # The value may be a credential.
+            culprit = override if not override.startswith("storage.") else override.partition("=")[0]
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
-        culprit = path or "overrides"
-        content = OmegaConf.to_container(merged, resolve=True)
+        culprit = source
+        return OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise UserError(f"{culprit}: {_first_line(error)}") from error
+
+
+def _use_storage(schema: type[BaseModel], content: Any) -> None:
+    """Let the section `storage` act at once: the recipe itself may lie on object storage."""
+    filesystems.hide_environment()
+    if "storage" in schema.model_fields and isinstance(content, dict) and "storage" in content:
+        filesystems.configure(_validated(_OnlyStorage, {"storage": content["storage"]}).storage)
+
+
+def _validated(schema: type[Settings], content: Any) -> Settings:
     try:
         return schema.model_validate(content)
     except ValidationError as error:
@@ -86,7 +115,7 @@ def _explain(schema: type[BaseModel], detail: dict[str, Any]) -> str:
     if detail["type"] == "missing":
         return f"{key} must be given"
     message = detail["msg"].removeprefix("Value error, ")
-    if isinstance(detail["input"], dict):
+    if isinstance(detail["input"], dict) or key.startswith("storage.options"):
         return f"{key}: {message}" if key else message
     return f"{key}: {message[0].lower()}{message[1:]} (got {detail['input']!r})"
 

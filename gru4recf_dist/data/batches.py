@@ -21,6 +21,7 @@ class PackedBatch:
         weights: float32 [T], 1 where the target counts, 0 for context and for a rank's dummy session.
         batch_sizes: int64 [L] on the CPU, sequences that reach each time step.
         sessions, events, targets_count: of the real sessions; 0 in a dummy batch.
+        sessions_lost: sessions that a damaged shard should have held.
     """
 
     items: torch.Tensor
@@ -30,6 +31,7 @@ class PackedBatch:
     sessions: int
     events: int
     targets_count: int
+    sessions_lost: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,10 @@ def pack_training(block: Block, max_length: int, context: int) -> PackedBatch:
     left still takes part in every collective and touches no item.
     """
     windows = cut_windows(block.lengths, max_length, context)
+    lost = int(np.count_nonzero(block.lengths == 0))
     if not len(windows.session):
         padding = torch.full((1,), PADDING_ID)
-        return PackedBatch(padding, padding, torch.zeros(1), torch.ones(1, dtype=torch.int64), 0, 0, 0)
+        return PackedBatch(padding, padding, torch.zeros(1), torch.ones(1, dtype=torch.int64), 0, 0, 0, lost)
     first = np.cumsum(block.lengths, dtype=np.int64) - block.lengths
     source = ragged_indices(first[windows.session] + windows.start, windows.length)
     counted = ragged_arange(windows.length) >= np.repeat(windows.context, windows.length)
@@ -124,9 +127,10 @@ def pack_training(block: Block, max_length: int, context: int) -> PackedBatch:
         targets=torch.from_numpy(targets),
         weights=torch.from_numpy(weights),
         batch_sizes=torch.from_numpy(batch_sizes),
-        sessions=len(block.lengths),
+        sessions=len(block.lengths) - lost,
         events=len(block.items),
         targets_count=int(counted.sum()),
+        sessions_lost=lost,
     )
 
 

@@ -26,7 +26,8 @@ import numpy as np
 from numpy.lib import format as npy_format
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
-from gru4recf_dist.data import storage
+from gru4recf_dist.data import filesystems, storage
+from gru4recf_dist.data.ranges import DamagedFile
 from gru4recf_dist.errors import UserError
 
 FORMAT_VERSION = 1
@@ -35,6 +36,8 @@ TOKENS = "items/tokens.parquet"
 POPULARITY = "items/popularity.npy"
 SPLITS = ("train", "valid", "test")
 MAX_BLOCK_SESSIONS = 1024
+# Far above what preparation writes; a manifest that says more is damaged or hostile.
+MAX_SHARD_BYTES = 4 << 30
 
 PADDING_ID = 0
 UNKNOWN_VALUE_ID = 1  # of a feature's vocabulary: values that no training item has
@@ -65,6 +68,12 @@ class Block:
 
 
 COLUMN_DTYPES = {"items": np.int32, "lengths": np.int32, "sessions": np.int64, "times": np.int64}
+_KNOWN_MEMBERS = frozenset(f"{name}.npy" for name in COLUMN_DTYPES)
+
+
+def lost_sessions(count: int) -> Block:
+    """In place of ``count`` sessions that cannot be read: sessions of no event, which weigh nothing anywhere."""
+    return Block(np.empty(0, np.int32), np.zeros(count, np.int32), np.full(count, -1, np.int64))
 
 
 class _Strict(BaseModel):
@@ -79,7 +88,7 @@ class ShardInfo(_Strict):
     sessions: NonNegativeInt
     events: NonNegativeInt
     targets: NonNegativeInt
-    bytes: NonNegativeInt
+    bytes: int = Field(ge=0, le=MAX_SHARD_BYTES)
     sha256: str
 
 
@@ -153,6 +162,13 @@ class Manifest(_Strict):
         return self
 
     @property
+    def files(self) -> list[str]:
+        """Every file that the manifest names, as it names it."""
+        shards = [shard.url for split in self.splits.values() for shard in split.shards]
+        parts = [(feature.values, feature.indptr, feature.vocabulary) for feature in self.features]
+        return shards + [name for names in parts for name in names if name is not None]
+
+    @property
     def training_digest(self) -> str:
         """A checksum of the training shards, in their order: the same wherever the data set lies."""
         checksums = "".join(shard.sha256 for shard in self.splits["train"].shards)
@@ -171,7 +187,8 @@ def read_manifest(data: str) -> Manifest:
     """Read and validate ``DATA/manifest.json``.
 
     Raises:
-        UserError: it is missing, damaged, or of another format version.
+        UserError: it is missing, damaged, of another format version, or names files that do not lie in ``data``
+            while `storage.allow_outside` is off.
     """
     url = storage.join(data, MANIFEST)
     content = storage.read_json(url)
@@ -179,11 +196,36 @@ def read_manifest(data: str) -> Manifest:
     if version != FORMAT_VERSION:
         raise UserError(f"{url}: format {version!r}, this program reads format {FORMAT_VERSION}")
     try:
-        return Manifest.model_validate(content)
+        manifest = Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         place = "".join(f"{part}." for part in first["loc"]).rstrip(".") or "manifest"
         raise UserError(f"{url}: {place}: {first['msg'].removeprefix('Value error, ')}") from error
+    for name in manifest.files:
+        file_url(data, name)
+    return manifest
+
+
+def file_url(data: str, name: str) -> str:
+    """Where a file lies that the manifest of ``data`` names.
+
+    Raises:
+        UserError: it does not lie in ``data``, and `storage.allow_outside` is off.
+    """
+    if _lies_inside(name):
+        return storage.join(data, name)
+    if not filesystems.settings().allow_outside:
+        raise UserError(
+            f"{storage.join(data, MANIFEST)}: names '{name}', which is not a file of this data set "
+            "(storage.allow_outside permits it)"
+        )
+    return name
+
+
+def _lies_inside(name: str) -> bool:
+    """Whether a name of the manifest is a plain relative path; a file system may read a backslash as a slash."""
+    parts = name.replace("\\", "/").split("/")
+    return not any(part in ("", ".", "..") or ":" in part or "\0" in part for part in parts)
 
 
 def write_manifest(data: str, manifest: Manifest) -> None:
@@ -237,36 +279,40 @@ def write_shard(data: str, url: str, stream: int, blocks: list[Block], targets: 
     )
 
 
-def decode_block(sample: dict, source: str) -> Block:
+def check_member(name: str, source: str) -> None:
+    """Refuse a member of a shard's tar that is no column of a block.
+
+    Raises:
+        DamagedFile: it is not ``KEY.COLUMN.npy``.
+    """
+    key, _, member = name.partition(".")
+    if not key or "/" in key or member not in _KNOWN_MEMBERS:
+        raise DamagedFile(f"{source}: unknown member {name!r}")
+
+
+def decode_block(sample: dict, source: str, items: int) -> Block:
     """Turn one WebDataset sample (member name -> bytes) into a block. Nothing in it is trusted.
 
     Args:
         sample: keys are `__key__`, `__url__` and the members, such as `items.npy`.
         source: named in errors.
+        items: N, the largest id there may be.
 
     Raises:
-        UserError: a member is unknown, a column is missing, pickled or damaged, or the columns do not agree.
+        DamagedFile: a member is unknown, a column is missing, pickled or damaged, or the columns do not agree.
     """
     where = f"{source}: block {sample.get('__key__')}"
-    known = {f"{name}.npy" for name in COLUMN_DTYPES}
-    unknown = [member for member in sample if not member.startswith("__") and member not in known]
+    unknown = [member for member in sample if not member.startswith("__") and member not in _KNOWN_MEMBERS]
     if unknown:
-        raise UserError(f"{where}: unknown member '{unknown[0]}'")
-    columns: dict[str, np.ndarray] = {}
-    for name, dtype in COLUMN_DTYPES.items():
-        content = sample.get(f"{name}.npy")
-        if content is None:
-            continue
-        try:
-            column = npy_format.read_array(io.BytesIO(content), allow_pickle=False)
-        except storage.NPY_HEADER_ERRORS as error:
-            raise UserError(f"{where}: {name}.npy is damaged ({storage.first_line(error)})") from error
-        if column.dtype != dtype or column.ndim != 1:
-            raise UserError(f"{where}: {name}.npy must be a flat {np.dtype(dtype)} array")
-        columns[name] = column
+        raise DamagedFile(f"{where}: unknown member '{unknown[0]}'")
+    columns = {
+        name: _decode_column(sample[f"{name}.npy"], dtype, f"{where}: {name}.npy")
+        for name, dtype in COLUMN_DTYPES.items()
+        if f"{name}.npy" in sample
+    }
     for name in ("items", "lengths", "sessions"):
         if name not in columns:
-            raise UserError(f"{where}: {name}.npy is missing")
+            raise DamagedFile(f"{where}: {name}.npy is missing")
     block = Block(**columns)
     events, sessions = len(block.items), len(block.lengths)
     if (
@@ -275,7 +321,26 @@ def decode_block(sample: dict, source: str) -> Block:
         or (block.lengths < 1).any()
         or int(block.lengths.sum(dtype=np.int64)) != events
         or (block.times is not None and len(block.times) != events)
-        or (block.items < 1).any()
     ):
-        raise UserError(f"{where}: its columns do not agree")
+        raise DamagedFile(f"{where}: its columns do not agree")
+    if events and not (int(block.items.min()) >= 1 and int(block.items.max()) <= items):
+        raise DamagedFile(f"{where}: an item id is not within 1 to {items}")
     return block
+
+
+def _decode_column(content: bytes, dtype: type[np.generic], where: str) -> np.ndarray:
+    """A flat array of ``dtype`` in `.npy` form, as a view of ``content``: what its header claims allocates nothing."""
+    stream = io.BytesIO(content)
+    try:
+        version = npy_format.read_magic(stream)
+        if version != (1, 0):
+            raise DamagedFile(f"{where} is damaged (.npy version {version[0]}.{version[1]})")
+        shape, _, found = npy_format.read_array_header_1_0(stream)
+    except storage.NPY_HEADER_ERRORS as error:
+        raise DamagedFile(f"{where} is damaged ({storage.first_line(error)})") from error
+    if found != dtype or len(shape) != 1:
+        raise DamagedFile(f"{where} must be a flat {np.dtype(dtype)} array")
+    start = stream.tell()
+    if shape[0] * found.itemsize != len(content) - start:
+        raise DamagedFile(f"{where} is damaged ({len(content) - start} bytes for {shape[0]} values)")
+    return np.frombuffer(content, dtype=dtype, offset=start)

@@ -6,88 +6,190 @@ files are opened by fsspec, members are parsed as plain arrays, and what was rea
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
+import logging
 import tarfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
 from typing import IO
 
 import webdataset as wds
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from gru4recf_dist.data import storage
-from gru4recf_dist.data.shard_format import Block, ShardInfo, decode_block
-from gru4recf_dist.errors import UserError
+from gru4recf_dist.data import filesystems, storage
+from gru4recf_dist.data.cache import GIB, FileCache
+from gru4recf_dist.data.ranges import DamagedFile, RangedReader, in_background
+from gru4recf_dist.data.shard_format import Block, ShardInfo, check_member, decode_block, file_url, lost_sessions
+from gru4recf_dist.errors import UserError, redacted
+
+_log = logging.getLogger(__name__)
 
 READ_BYTES = 1 << 20
+# Where a tar that is not compressed has its mark: tarfile would unpack anything, a bomb too.
+_MAGIC, _MAGIC_AT = b"ustar", 257
+
+
+class Shard:
+    """One shard to be read; on remote storage its first bytes are under way when this returns.
+
+    Args:
+        data: the data set's folder or URL.
+        items: N, the largest item id there may be.
+    """
+
+    def __init__(self, data: str, info: ShardInfo, items: int) -> None:
+        self.url, self.info, self._items = file_url(data, info.url), info, items
+        self._reader: RangedReader | None = None
+        self._cached: Future[Path | None] | None = None
+        if not filesystems.is_remote(self.url):
+            return
+        settings = filesystems.settings()
+        if settings.cache_folder is None:
+            self._reader = RangedReader(self.url, info.bytes)
+            return
+        cache = FileCache(settings.cache_folder, int(settings.cache_gib * GIB))
+        self._cached = in_background(
+            lambda: cache.path(info.sha256, info.bytes, lambda: RangedReader(self.url, info.bytes))
+        )
+
+    def blocks(self, on_bad_shard: str) -> Iterator[Block]:
+        """Its blocks, in order.
+
+        Args:
+            on_bad_shard: what to do if the file is missing, damaged, truncated, holds anything but plain arrays, or
+                differs from the manifest. ``fail``: raise; the last block is handed over only when all of the shard
+                was found good. ``skip``: nothing is handed over before that, so that a whole shard is held in memory,
+                and in place of a bad one come as many `lost_sessions` as the manifest says it has.
+
+        Raises:
+            DamagedFile: with ``fail``; the line names the shard and the reason.
+            UserError: storage went on failing.
+        """
+        if on_bad_shard == "fail":
+            yield from self._checked_blocks()
+            return
+        try:
+            blocks = list(self._checked_blocks())
+        except DamagedFile as error:
+            lost = self.info.sessions
+            _log.warning("skipped a bad shard, %d sessions are lost: %s", lost, redacted(str(error)))
+            blocks = [lost_sessions(lost)] if lost else []
+        yield from blocks
+
+    def close(self) -> None:
+        """Give up what was fetched ahead."""
+        if self._reader is not None:
+            self._reader.close()
+
+    def _checked_blocks(self) -> Iterator[Block]:
+        pipeline = wds.DataPipeline(
+            lambda: iter([{"url": self.url}]),
+            self._open,
+            tar_file_expander,
+            self._known_members,
+            group_by_keys,
+            wds.map(lambda sample: decode_block(sample, self.url, self._items)),
+        )
+        sessions = events = 0
+        # One block behind: the last is handed over only when the whole shard has been read and verified.
+        last: Block | None = None
+        try:
+            for block in pipeline:
+                sessions += len(block.lengths)
+                events += len(block.items)
+                if last is not None:
+                    yield last
+                last = block
+        except UserError:
+            raise
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise DamagedFile(f"{self.url}: no such file") from error
+        except PermissionError as error:
+            raise UserError(f"{self.url}: permission denied") from error
+        except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError) as error:
+            raise DamagedFile(f"{self.url}: cannot be read ({type(error).__name__}: {_reason(error)})") from error
+        if (sessions, events) != (self.info.sessions, self.info.events):
+            raise DamagedFile(
+                f"{self.url}: holds {sessions} sessions and {events} events, "
+                f"the manifest says {self.info.sessions} and {self.info.events}"
+            )
+        if last is not None:
+            yield last
+
+    # -- WebDataset stages -------------------------------------------------------------------------------------------
+
+    def _open(self, samples: Iterable[dict]) -> Iterator[dict]:
+        """In place of WebDataset's `url_opener`: adds an open ``stream``, verifies it when tar is through."""
+        for sample in samples:
+            with self._opened() as raw:
+                stream = _CheckedStream(raw, self.url, self.info)
+                yield {"url": sample["url"], "stream": stream}
+                stream.verify()
+
+    def _known_members(self, members: Iterable[dict]) -> Iterator[dict]:
+        for member in members:
+            # WebDataset ends each shard with an empty one.
+            if member:
+                check_member(member["fname"], self.url)
+            yield member
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[IO[bytes]]:
+        cached = self._cached.result() if self._cached is not None else None
+        if cached is not None:
+            # Another process may have made room in the cache just now.
+            with contextlib.suppress(FileNotFoundError):
+                stream = open(cached, "rb")  # noqa: SIM115 (closed by the `with` below)
+                with stream:
+                    yield stream
+                return
+        if filesystems.is_remote(self.url):
+            reader = self._reader or RangedReader(self.url, self.info.bytes)
+            with io.BufferedReader(reader, READ_BYTES) as stream:
+                yield stream
+            return
+        with storage.open_read(self.url) as stream:
+            yield stream
 
 
 class _CheckedStream:
-    """A shard as a file object that knows the checksum of what went through it."""
+    """A shard as a file object that knows the checksum of what went through it, and how much may."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
+    def __init__(self, stream: IO[bytes], url: str, info: ShardInfo) -> None:
+        self._stream, self._url, self._info = stream, url, info
         self._sha256 = hashlib.sha256()
+        self._bytes = 0
+        self._head = stream.read(_MAGIC_AT + len(_MAGIC))
+        if not self._head.startswith(_MAGIC, _MAGIC_AT):
+            raise DamagedFile(f"{url}: not a tar file")
 
     def read(self, size: int = -1) -> bytes:
-        content = self._stream.read(size)
+        head, self._head = self._head, b""
+        content = head + self._stream.read(size if size < 0 else max(size - len(head), 0))
         self._sha256.update(content)
+        self._bytes += len(content)
+        if self._bytes > self._info.bytes:
+            raise DamagedFile(f"{self._url}: longer than the {self._info.bytes} bytes it should have")
         return content
 
-    def drain(self) -> str:
-        """Read what tar left unread and return the checksum of the whole."""
+    def verify(self) -> None:
+        """Read what tar left unread and compare the whole with the manifest."""
         while self.read(READ_BYTES):
             pass
-        return self._sha256.hexdigest()
+        if self._bytes < self._info.bytes:
+            raise DamagedFile(f"{self._url}: truncated, {self._bytes} bytes of {self._info.bytes}")
+        if self._sha256.hexdigest() != self._info.sha256:
+            raise DamagedFile(f"{self._url}: its sha256 is not the manifest's, the file is damaged")
 
 
-def _open_shards(samples: Iterable[dict]) -> Iterator[dict]:
-    """WebDataset stage in place of its `url_opener`: adds an open ``stream``, verifies it when tar is through."""
-    for sample in samples:
-        info: ShardInfo = sample["info"]
-        with storage.open_read(sample["url"]) as raw:
-            stream = _CheckedStream(raw)
-            yield {"url": sample["url"], "stream": stream}
-            if stream.drain() != info.sha256:
-                raise UserError(f"{sample['url']}: its sha256 is not the manifest's, the file is damaged")
-
-
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """What happened, in one line, without the stream object that webdataset writes behind it."""
     return storage.first_line(error).partition(" @ <")[0]
 
 
-def read_blocks(data: str, info: ShardInfo) -> Iterator[Block]:
-    """The blocks of one shard, in order.
-
-    Raises:
-        UserError: the file is missing, damaged, truncated, holds anything but plain arrays, or differs from the
-            manifest. It names the shard.
-    """
-    url = storage.join(data, info.url)
-    pipeline = wds.DataPipeline(
-        lambda: iter([{"url": url, "info": info}]),
-        _open_shards,
-        tar_file_expander,
-        group_by_keys,
-        wds.map(lambda sample: decode_block(sample, url)),
-    )
-    sessions = events = 0
-    # One block behind: the last is handed over only when the whole shard has been read and verified.
-    last: Block | None = None
-    try:
-        for block in pipeline:
-            sessions += len(block.lengths)
-            events += len(block.items)
-            if last is not None:
-                yield last
-            last = block
-    except UserError:
-        raise
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{url}: cannot be read ({type(error).__name__}: {_reason(error)})") from error
-    if (sessions, events) != (info.sessions, info.events):
-        raise UserError(
-            f"{url}: holds {sessions} sessions and {events} events, the manifest says {info.sessions} and {info.events}"
-        )
-    if last is not None:
-        yield last
+def read_blocks(data: str, info: ShardInfo, items: int, on_bad_shard: str = "fail") -> Iterator[Block]:
+    """The blocks of one shard, in order; arguments and errors as `Shard` and `Shard.blocks`."""
+    return Shard(data, info, items).blocks(on_bad_shard)

@@ -1,6 +1,7 @@
 """Files on any fsspec URL: `file://`, `memory://`, `s3://`, `gs://`, `abfs://`, or a plain path.
 
-Everything that the project reads or writes goes through here, so that a URL works wherever a path does.
+Everything that the project reads or writes goes through here, so that a URL works wherever a path does. What fails
+for a moment is tried again (`attempts`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import io
 import json
 import math
 import os
+import shutil
+import tempfile
 import tokenize
 import uuid
 from collections.abc import Iterator
@@ -19,10 +22,14 @@ import fsspec
 import numpy as np
 from numpy.lib import format as npy_format
 
+from gru4recf_dist.data.attempts import attempted, call
+from gru4recf_dist.data.filesystems import filesystem, is_local, is_remote
+from gru4recf_dist.data.ranges import RangedReader
 from gru4recf_dist.errors import UserError
 
-# A URL may come from a manifest, which is untrusted: only protocols that name plain storage are opened.
-PROTOCOLS = frozenset({"file", "local", "memory", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "http", "https"})
+READ_BYTES = 1 << 18
+LARGEST_SINGLE_UPLOAD = 64 << 20
+UPLOAD_PART_BYTES = 16 << 20
 
 # What numpy's parser of a damaged or hostile `.npy` header raises.
 NPY_HEADER_ERRORS = (
@@ -43,37 +50,6 @@ def first_line(error: Exception) -> str:
     return (str(error.args[0]) if error.args else type(error).__name__).split("\n")[0]
 
 
-def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of ``url`` and the path in it.
-
-    Raises:
-        UserError: the protocol is not one of plain storage (``pipe:``, say), or its package is missing.
-    """
-    if "::" in url:
-        # fsspec reads it as a chain of file systems, and would open the first of them only.
-        raise UserError(f"{url}: '::' is not supported")
-    protocol = protocol_of(url)
-    if protocol not in PROTOCOLS:
-        raise UserError(f"{url}: protocol '{protocol}' is not supported (one of {', '.join(sorted(PROTOCOLS))})")
-    try:
-        return fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise UserError(f"{url}: {error}") from error
-
-
-def protocol_of(url: str) -> str:
-    """``file`` for a plain path, otherwise what stands before the first colon."""
-    head, colon, _ = url.partition(":")
-    # A path like "a/b:c" has a slash before its colon and is a plain path.
-    if not colon or "/" in head or not head:
-        return "file"
-    return head
-
-
-def is_local(url: str) -> bool:
-    return protocol_of(url) in ("file", "local")
-
-
 def local_path(url: str) -> str:
     """The path of a local ``url`` on this machine."""
     return filesystem(url)[1]
@@ -83,29 +59,46 @@ def join(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
-def exists(url: str) -> bool:
+def _type(url: str) -> str | None:
+    """``file``, ``directory``, or None if nothing is there."""
     fs, path = filesystem(url)
-    return fs.exists(path)
+    try:
+        # Not `fs.exists`, which takes any failure for an answer.
+        return attempted(url, lambda: call(fs, "info", path))["type"]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except PermissionError as error:
+        raise _refused(url) from error
+
+
+def exists(url: str) -> bool:
+    """Whether a file or folder is there.
+
+    Raises:
+        UserError: storage does not answer, or refuses to.
+    """
+    return _type(url) is not None
 
 
 def is_folder(url: str) -> bool:
-    fs, path = filesystem(url)
-    return fs.isdir(path)
+    """Whether ``url`` is a folder; errors as `exists`."""
+    return _type(url) == "directory"
 
 
 def list_names(url: str) -> list[str]:
-    """The sorted names directly under a folder; empty if it does not exist."""
-    fs, path = filesystem(url)
-    fs.invalidate_cache()
-    if not fs.isdir(path):
+    """The sorted names directly under a folder; empty if it does not exist. Errors as `exists`."""
+    if not is_folder(url):
         return []
-    return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(path, detail=False))
+    fs, path = filesystem(url)
+    names = attempted(url, lambda: call(fs, "ls", path, detail=False))
+    # Object stores may list the folder itself.
+    return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in names if name.rstrip("/") != path.rstrip("/")})
 
 
 def make_folder(url: str) -> None:
     """Create a folder and its parents (a no-op on object storage, which has none)."""
     fs, path = filesystem(url)
-    fs.makedirs(path, exist_ok=True)
+    attempted(url, lambda: call(fs, "makedirs", path, exist_ok=True))
 
 
 def is_writable(url: str) -> bool:
@@ -121,8 +114,13 @@ def is_writable(url: str) -> bool:
 def remove_tree(url: str) -> None:
     """Remove a file or folder with all it holds; nothing happens if it is not there."""
     fs, path = filesystem(url)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+
+    def remove() -> None:
+        with contextlib.suppress(FileNotFoundError):
+            call(fs, "rm", path, recursive=True)
+
+    if exists(url):
+        attempted(url, remove)
 
 
 @contextlib.contextmanager
@@ -130,43 +128,39 @@ def open_read(url: str) -> Iterator[IO[bytes]]:
     """Open for reading.
 
     Raises:
-        UserError: there is no such file; the line names it.
+        UserError: there is no such file, or it may not be read; the line names it. Reading from remote storage raises
+            it too, if that goes on failing.
     """
     fs, path = filesystem(url)
     try:
-        stream = fs.open(path, "rb")
+        stream = io.BufferedReader(RangedReader(url), READ_BYTES) if is_remote(url) else fs.open(path, "rb")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise UserError(f"{url}: no such file") from error
+    except PermissionError as error:
+        raise _refused(url) from error
     with stream:
         yield stream
 
 
+def _refused(url: str) -> UserError:
+    return UserError(f"{url}: permission denied")
+
+
 @contextlib.contextmanager
 def open_atomic(url: str) -> Iterator[IO[bytes]]:
-    """Open for writing so that the file appears whole at the end of the block, or not at all.
+    """Open for writing so that the file appears whole at the end of the block, which may close it, or not at all.
 
-    A local file is written beside its place and renamed; an object store shows an object only once its upload
-    is complete, and the upload is dropped if the block raises.
+    A local file is written beside its place and renamed. For an object store the content is collected in a temporary
+    file first, so that an upload that breaks can be made again.
     """
     fs, path = filesystem(url)
-    if fs.protocol == "memory":
-        # `memory://` shows a file as soon as it is opened.
-        stream = io.BytesIO()
-        yield stream
-        fs.pipe_file(path, stream.getvalue())
-        return
     if not is_local(url):
-        stream = fs.open(path, "wb")
-        try:
-            yield stream
-        except BaseException:
-            # `discard` ends a multi-part upload without publishing it; `close` would publish half a file.
-            if hasattr(stream, "discard"):
-                with contextlib.suppress(Exception):
-                    stream.discard()
-            stream.closed = True
-            raise
-        stream.close()
+        with tempfile.TemporaryDirectory() as folder:
+            collected = os.path.join(folder, "content")
+            with open(collected, "wb") as stream:
+                yield stream
+            with open(collected, "rb") as content:
+                _upload(url, fs, path, content)
         return
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
@@ -177,8 +171,9 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
     try:
         with opened as stream:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
+        # Opened again, as the block may have closed it.
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -192,9 +187,42 @@ def read_bytes(url: str) -> bytes:
 
 
 def write_bytes(url: str, content: bytes) -> None:
-    """Write a whole file atomically."""
+    """Write a whole file atomically.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if not is_local(url):
+        fs, path = filesystem(url)
+        _upload(url, fs, path, io.BytesIO(content))
+        return
     with open_atomic(url) as stream:
         stream.write(content)
+
+
+def _upload(url: str, fs: fsspec.AbstractFileSystem, path: str, stream: IO[bytes]) -> None:
+    """Write what ``stream`` holds; an object store shows an object when all of it is there."""
+
+    def upload() -> None:
+        stream.seek(0)
+        if size <= LARGEST_SINGLE_UPLOAD:
+            call(fs, "pipe_file", path, stream.read(), upload_bytes=size)
+            return
+        with fs.open(path, "wb", block_size=UPLOAD_PART_BYTES) as target:
+            try:
+                shutil.copyfileobj(stream, target, UPLOAD_PART_BYTES)
+            except BaseException:
+                # Closed as it is, it would publish half a file.
+                with contextlib.suppress(Exception):
+                    target.discard()
+                target.closed = True
+                raise
+
+    size = stream.seek(0, io.SEEK_END)
+    try:
+        attempted(url, upload)
+    except OSError as error:
+        raise UserError(f"{url}: cannot be written ({error.strerror or first_line(error)})") from error
 
 
 def read_json(url: str) -> Any:

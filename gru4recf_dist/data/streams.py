@@ -8,6 +8,7 @@ stream. Ranks and loader workers only divide the streams among themselves.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,9 +16,9 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from gru4recf_dist.config import LoaderConfig
-from gru4recf_dist.data import assignment, columns
+from gru4recf_dist.data import assignment, columns, filesystems
 from gru4recf_dist.data.shard_format import Block, Manifest, ShardInfo
-from gru4recf_dist.data.shards import read_blocks
+from gru4recf_dist.data.shards import Shard
 from gru4recf_dist.data.worker_processes import in_workers
 from gru4recf_dist.errors import UserError
 
@@ -34,25 +35,51 @@ class Stream:
         key: (seed, epoch, stream); decides the order and nothing else does.
         position: sessions already taken. Whole shards before it are not opened.
         window: sessions that are shuffled together.
+        items: N, the largest item id there may be.
+        on_bad_shard: ``fail`` or ``skip``, as in `Shard.blocks`.
     """
 
-    def __init__(self, data: str, shards: list[ShardInfo], key: tuple[int, int, int], position: int, window: int):
-        self._data = data
+    def __init__(
+        self,
+        data: str,
+        shards: list[ShardInfo],
+        key: tuple[int, int, int],
+        position: int,
+        window: int,
+        items: int,
+        on_bad_shard: str = "fail",
+    ):
+        self._data, self._items, self._on_bad_shard = data, items, on_bad_shard
         self._key = key
         self._window = window
         # `take` serves from a shuffled window; a position inside a window starts in the middle of it.
         self._window_number, self._served = divmod(position, window)
         order = np.random.default_rng(key).permutation(len(shards))
-        self._blocks = self._read([shards[i] for i in order], skip=self._window_number * window)
+        skip = self._window_number * window
+        unopened = [shards[i] for i in order]
+        while unopened and skip >= unopened[0].sessions:
+            skip -= unopened.pop(0).sessions
+        self._unopened, self._opened = iter(unopened), deque[Shard]()
+        # The first ranges of all streams are fetched together, before any of them is waited for.
+        self._open_ahead(filesystems.settings().ahead_shards)
+        self._blocks = self._read(skip)
         self._unread: list[Block] = []
         self._current: Block | None = None
 
-    def _read(self, shards: list[ShardInfo], skip: int) -> Iterator[Block]:
-        for shard in shards:
-            if skip >= shard.sessions:
-                skip -= shard.sessions
-                continue
-            for block in read_blocks(self._data, shard):
+    def _open_ahead(self, count: int) -> None:
+        while len(self._opened) < count and (info := next(self._unopened, None)) is not None:
+            self._opened.append(Shard(self._data, info, self._items))
+
+    def _read(self, skip: int) -> Iterator[Block]:
+        """The blocks of the shards that are left, without the first ``skip`` sessions."""
+        ahead = filesystems.settings().ahead_shards
+        while True:
+            self._open_ahead(1)
+            if not self._opened:
+                return
+            shard = self._opened.popleft()
+            self._open_ahead(ahead)
+            for block in shard.blocks(self._on_bad_shard):
                 if skip >= len(block.lengths):
                     skip -= len(block.lengths)
                     continue
@@ -114,9 +141,13 @@ class _StreamParts(IterableDataset):
         self.rank, self.world = loader.rank, loader.world
         self.per_stream = loader.batch_size // len(self.shards)
         self.steps = loader.steps_left
+        self.items = loader.items
+        self.storage = filesystems.settings()
 
     def __iter__(self) -> Iterator[Block]:
         info = get_worker_info()
+        if info:
+            filesystems.configure(self.storage)
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         mine = assignment.streams_of(len(self.shards), self.rank, self.world, worker, workers)
         streams = [
@@ -126,6 +157,8 @@ class _StreamParts(IterableDataset):
                 (self.seed, self.epoch, stream),
                 self.positions[stream],
                 self.config.shuffle_window,
+                self.items,
+                self.config.on_bad_shard,
             )
             for stream in mine
         ]
@@ -158,7 +191,7 @@ class SessionLoader:
     ) -> None:
         assignment.check_sizes(manifest.streams, batch_size, world)
         self.data, self.config, self.batch_size, self.seed = data, config, batch_size, seed
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.items = rank, world, manifest.items
         self.shards: list[list[ShardInfo]] = [[] for _ in range(manifest.streams)]
         for shard in manifest.splits["train"].shards:
             self.shards[shard.stream].append(shard)

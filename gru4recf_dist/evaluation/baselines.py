@@ -35,10 +35,10 @@ class Popularity:
 class MarkovChain:
     """Scores an item by how often it followed the session's last item in training."""
 
-    def __init__(self, data: str, manifest: Manifest) -> None:
+    def __init__(self, data: str, manifest: Manifest, on_bad_shard: str = "fail") -> None:
         self._items = manifest.items
         self._base = manifest.items + 1
-        keys, counts = _transitions(data, manifest, self._base)
+        keys, counts = _transitions(data, manifest, self._base, on_bad_shard)
         # A last key above all others: a search for any pair ends at a place.
         self._keys = np.append(keys, np.iinfo(np.int64).max)
         self._counts = np.append(counts, 0)
@@ -61,12 +61,12 @@ class MarkovChain:
         return np.where(scores > 0, stop - high, stop - start), tied
 
 
-def _transitions(data: str, manifest: Manifest, base: int) -> tuple[np.ndarray, np.ndarray]:
+def _transitions(data: str, manifest: Manifest, base: int, on_bad_shard: str) -> tuple[np.ndarray, np.ndarray]:
     """Distinct pairs of consecutive training items as keys ``item * base + next``, ascending, and their counts."""
     merged, counts = np.empty(0, np.int64), np.empty(0, np.int64)
     for shard in manifest.splits["train"].shards:
         keys = [np.empty(0, np.int64)]
-        for block in read_blocks(data, shard):
+        for block in read_blocks(data, shard, manifest.items, on_bad_shard):
             first = columns.ragged_arange(block.lengths) == 0
             items = block.items.astype(np.int64)
             keys.append((items[:-1] * base + items[1:])[~first[1:]])
@@ -77,18 +77,24 @@ def _transitions(data: str, manifest: Manifest, base: int) -> tuple[np.ndarray, 
 
 
 def evaluate_baselines(
-    data: str, manifest: Manifest, popularity: np.ndarray, split: str, protocol: str, ks: list[int]
+    data: str,
+    manifest: Manifest,
+    popularity: np.ndarray,
+    split: str,
+    protocol: str,
+    ks: list[int],
+    on_bad_shard: str = "fail",
 ) -> dict[str, dict[str, float]]:
     """Metrics of the baselines on a split, with the same targets and misses as the model's.
 
     Returns:
         by name: ``popularity``, ``markov``, and both with the suffix ``_excluding_seen``.
     """
-    baselines = {"popularity": Popularity(popularity), "markov": MarkovChain(data, manifest)}
+    baselines = {"popularity": Popularity(popularity), "markov": MarkovChain(data, manifest, on_bad_shard)}
     parts: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
-    for block in read_batches(data, manifest, split, batch_sessions=1024):
+    for block in read_batches(data, manifest, split, batch_sessions=1024, on_bad_shard=on_bad_shard):
         # The history is never cut here: a baseline sees what the session holds.
-        longest = int(block.lengths.max())
+        longest = max(int(block.lengths.max()), 2)
         batch = pack_queries(block, longest, context=0, every_position=protocol == "every_position")
         last, targets = batch.items[batch.positions].numpy(), batch.targets.numpy()
         query, seen = batch.seen_query.numpy(), batch.seen_item.numpy()

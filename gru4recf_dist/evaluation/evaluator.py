@@ -59,12 +59,19 @@ class Evaluator:
         settings = self.config.evaluation
         self._check_finite(model.table.weight)
         everything, unseen = (RankHistogram(max(settings.ks)) for _ in range(2))
-        untrained_targets = 0
+        untrained_targets = sessions_lost = 0
         batches = read_batches(
-            self.config.data, self.manifest, split, settings.batch_sessions, self.ranks.rank, self.ranks.world
+            self.config.data,
+            self.manifest,
+            split,
+            settings.batch_sessions,
+            self.ranks.rank,
+            self.ranks.world,
+            self.config.loader.on_bad_shard,
         )
         for _ in range(self._rounds(split)):
             block = next(batches, None) or concatenate([])
+            sessions_lost += int(np.count_nonzero(block.lengths == 0))
             batch = pack_queries(
                 block,
                 self.config.loader.max_length,
@@ -81,7 +88,9 @@ class Evaluator:
             everything.add((above + 1).numpy(), trained.numpy())
             unseen.add((above - seen_above + 1).numpy(), (trained & ~repeated).numpy())
             untrained_targets += int((~trained).sum())
+        sessions_lost = int(collectives.sum_over_ranks(torch.tensor(sessions_lost), self.ranks.host))
         common = {
+            "sessions_lost": sessions_lost,
             "targets": everything.total,
             "untrained_target_share": untrained_targets / everything.total if everything.total else 0.0,
         }

@@ -14,7 +14,13 @@ def batch_count(manifest: Manifest, split: str, batch_sessions: int) -> int:
 
 
 def read_batches(
-    data: str, manifest: Manifest, split: str, batch_sessions: int, rank: int = 0, world: int = 1
+    data: str,
+    manifest: Manifest,
+    split: str,
+    batch_sessions: int,
+    rank: int = 0,
+    world: int = 1,
+    on_bad_shard: str = "fail",
 ) -> Iterator[Block]:
     """A rank's batches: batch b holds the sessions b*batch_sessions.. of the split in the manifest's order.
 
@@ -30,7 +36,7 @@ def read_batches(
             continue
         if left <= 0:
             break
-        for block in read_blocks(data, shard):
+        for block in read_blocks(data, shard, manifest.items, on_bad_shard):
             if skip:
                 passed = min(skip, len(block.lengths))
                 skip -= passed

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from gru4recf_dist.data import storage
-from gru4recf_dist.data.shard_format import PADDING_ID, Feature, Manifest
+from gru4recf_dist.data.shard_format import PADDING_ID, Feature, Manifest, file_url
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel.ranks import Ranks
@@ -83,7 +83,7 @@ class FeatureStore:
 
 
 def _read_column(data: str, feature: Feature, items: int, rows: range, device: torch.device) -> _Column:
-    url = storage.join(data, feature.values)
+    url = file_url(data, feature.values)
     if feature.kind != "token_seq":
         dtype = np.int32 if feature.kind == "token" else np.float32
         row_shape = (feature.size,) if feature.kind == "vector" else ()
@@ -92,7 +92,7 @@ def _read_column(data: str, feature: Feature, items: int, rows: range, device: t
         if feature.kind == "token":
             _check_tokens(url, values, feature)
         return _Column(feature, torch.from_numpy(values).to(device))
-    indptr_url = storage.join(data, feature.indptr)
+    indptr_url = file_url(data, feature.indptr)
     _check_header(indptr_url, np.int64, (items + 2,))
     # A rank without rows still reads one bound.
     indptr = storage.read_npy_rows(indptr_url, rows.start, rows.stop + 1)

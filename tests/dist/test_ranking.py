@@ -297,7 +297,7 @@ def _expected(sessions: list[np.ndarray], protocol: str, ties: str, scores_after
             miss = target in UNTRAINED
             ranks.append(None if miss else reference_rank(scores, target, ties, set()))
             unseen_ranks.append(None if miss or target in history else reference_rank(scores, target, ties, history))
-    common = {"targets": len(ranks), "untrained_target_share": untrained / len(ranks)}
+    common = {"sessions_lost": 0, "targets": len(ranks), "untrained_target_share": untrained / len(ranks)}
     return [{**_average(found, [1, 5, 20]), **common} for found in (ranks, unseen_ranks)]
 
 

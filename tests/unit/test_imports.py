@@ -11,7 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 OURS = ("gru4recf_dist", "data_prep", "train", "benchmarks")
-BASE = ("gru4recf_dist.config", "gru4recf_dist.errors", "gru4recf_dist.typed_yaml")
+BASE = (
+    "gru4recf_dist.config",
+    "gru4recf_dist.data.storage_config",
+    "gru4recf_dist.errors",
+    "gru4recf_dist.section",
+    "gru4recf_dist.typed_yaml",
+)
 PROGRAMS = ("train", "evaluate", "recommend")
 RUN_TIME = ("gru4recf_dist.parallel", "gru4recf_dist.data", "gru4recf_dist.model", *BASE)
 
@@ -19,15 +25,19 @@ RUN_TIME = ("gru4recf_dist.parallel", "gru4recf_dist.data", "gru4recf_dist.model
 MAY_IMPORT = {
     "gru4recf_dist.model": BASE,
     "gru4recf_dist.data": BASE,
-    "gru4recf_dist.parallel": ("gru4recf_dist.config", "gru4recf_dist.errors"),
+    "gru4recf_dist.parallel": BASE,
     "gru4recf_dist.table": RUN_TIME,
     "gru4recf_dist.recommender": ("gru4recf_dist.table", *RUN_TIME),
     "gru4recf_dist.evaluation": ("gru4recf_dist.table", "gru4recf_dist.recommender", *RUN_TIME),
-    "gru4recf_dist.checkpoint": ("gru4recf_dist.table", *RUN_TIME),
+    "gru4recf_dist.checkpoint": ("gru4recf_dist.checkpoint_files", "gru4recf_dist.table", *RUN_TIME),
+    "gru4recf_dist.checkpoint_files": ("gru4recf_dist.data", *BASE),
     "data_prep": (
+        "gru4recf_dist.data.filesystems",
         "gru4recf_dist.data.shard_format",
         "gru4recf_dist.data.storage",
+        "gru4recf_dist.data.storage_config",
         "gru4recf_dist.errors",
+        "gru4recf_dist.section",
         "gru4recf_dist.typed_yaml",
     ),
 }

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gru4recf_dist.data import storage
+from gru4recf_dist.data import filesystems, storage
 from gru4recf_dist.errors import UserError
 
 
@@ -139,7 +139,7 @@ def test_chained_urls_are_refused_not_cut_short(url):
     ],
 )
 def test_protocol_is_what_stands_before_the_colon(url, protocol):
-    assert storage.protocol_of(url) == protocol
+    assert filesystems.protocol_of(url) == protocol
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def test_epochs_differ_and_repeat_with_the_seed(small):
 
 def _stream_order(dataset: DataSet, stream: int, window: int, epoch: int = 0, seed: int = 0) -> list[int]:
     shards = [shard for shard in dataset.manifest.splits["train"].shards if shard.stream == stream]
-    taken = Stream(dataset.data, shards, (seed, epoch, stream), 0, window).take(10**6)
+    taken = Stream(dataset.data, shards, (seed, epoch, stream), 0, window, dataset.manifest.items).take(10**6)
     return _flat([block.sessions.tolist() for block in taken])
 
 
@@ -313,7 +313,7 @@ def test_every_window_has_a_permutation_of_its_own(movielens):
 @pytest.mark.parametrize("window", [3, 5, 1000])
 def test_order_does_not_depend_on_how_much_is_taken_at_once(small, counts, window):
     shards = [shard for shard in small.manifest.splits["train"].shards if shard.stream == 0]
-    stream = Stream(small.data, shards, (0, 0, 0), 0, window)
+    stream = Stream(small.data, shards, (0, 0, 0), 0, window, small.manifest.items)
     taken = [columns.concatenate(stream.take(count)).sessions.tolist() for count in counts]
     assert _flat(taken) == _stream_order(small, 0, window)
     assert [len(part) for part in taken[:-1]] == counts[:-1]
@@ -325,7 +325,7 @@ def test_stream_starts_at_any_position(small, window):
     shards = [shard for shard in small.manifest.splits["train"].shards if shard.stream == 0]
     whole = _stream_order(small, 0, window)
     for position in range(len(whole) + 1):
-        taken = Stream(small.data, shards, (0, 0, 0), position, window).take(1000)
+        taken = Stream(small.data, shards, (0, 0, 0), position, window, small.manifest.items).take(1000)
         assert _flat([block.sessions.tolist() for block in taken]) == whole[position:], position
 
 
@@ -383,23 +383,23 @@ def test_resume_with_another_batch_size_delivers_each_remaining_session_once(sma
 
 def test_resume_opens_no_shard_that_lies_wholly_before_its_window(small, monkeypatch):
     opened: list[str] = []
-    read_blocks = streams.read_blocks
+    shard_class = streams.Shard
 
-    def recording(data, info):
+    def recording(data, info, items):
         opened.append(info.url)
-        return read_blocks(data, info)
+        return shard_class(data, info, items)
 
-    monkeypatch.setattr(streams, "read_blocks", recording)
+    monkeypatch.setattr(streams, "Shard", recording)
     shards = [shard for shard in small.manifest.splits["train"].shards if shard.stream == 0]
     assert [shard.sessions for shard in shards] == [6, 6, 2]
     # All shards' sizes are even: some windows of two begin exactly where a shard ends.
-    Stream(small.data, shards, (0, 0, 0), 0, 2).take(1000)
+    Stream(small.data, shards, (0, 0, 0), 0, 2, small.manifest.items).take(1000)
     order, opened[:] = list(opened), []
     sizes = {shard.url: shard.sessions for shard in shards}
     ends = np.cumsum([sizes[url] for url in order])
     for position in range(14):
         opened.clear()
-        Stream(small.data, shards, (0, 0, 0), position, 2).take(1000)
+        Stream(small.data, shards, (0, 0, 0), position, 2, small.manifest.items).take(1000)
         window_start = position // 2 * 2
         assert opened == [url for url, end in zip(order, ends, strict=True) if end > window_start], position
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gru4recf_dist import typed_yaml
 from gru4recf_dist.data import storage
 from gru4recf_dist.errors import UserError
-from gru4recf_dist.typed_yaml import Section
+from gru4recf_dist.section import Section
 
 
 class Engine(Section):

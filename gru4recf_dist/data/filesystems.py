@@ -1,0 +1,100 @@
+"""Which file system a URL lies on, and the settings it is reached with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+
+from gru4recf_dist.data.storage_config import StorageConfig
+from gru4recf_dist.errors import UserError, hide
+
+# A URL may come from a manifest, which is untrusted: only protocols that name plain storage are opened.
+PROTOCOLS = frozenset({"file", "local", "memory", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "http", "https"})
+
+# Where the S3 client finds what must not be shown.
+_SECRET_VARIABLES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+)
+
+_settings = StorageConfig()
+
+
+def configure(settings: StorageConfig) -> None:
+    """Reach files with ``settings`` from now on, in this process.
+
+    The options become fsspec's own defaults, so that libraries that open URLs themselves find them too.
+    """
+    global _settings
+    _settings = settings
+    for protocol, options in settings.options.items():
+        fsspec.config.conf.setdefault(protocol, {}).update(options)
+    hide(_texts(settings.options))
+
+
+def hide_environment() -> None:
+    """Leave what the environment says of object storage out of all messages from now on."""
+    hide(value for name in _SECRET_VARIABLES if (value := os.environ.get(name)))
+
+
+def settings() -> StorageConfig:
+    """What `configure` was last given."""
+    return _settings
+
+
+def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of ``url`` and the path in it.
+
+    Raises:
+        UserError: the protocol is not one of plain storage (``pipe:``, say), or its package is missing.
+    """
+    if "::" in url:
+        # fsspec reads it as a chain of file systems, and would open the first of them only.
+        raise UserError(f"{url}: '::' is not supported")
+    protocol = protocol_of(url)
+    if protocol not in PROTOCOLS:
+        raise UserError(f"{url}: protocol '{protocol}' is not supported (one of {', '.join(sorted(PROTOCOLS))})")
+    # A remembered listing does not know what another rank has written since.
+    options: dict[str, Any] = {} if protocol in ("file", "local", "memory") else {"use_listings_cache": False}
+    try:
+        return fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        raise UserError(f"{url}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{url}: storage.options.{protocol}: {str(error).splitlines()[0]}") from error
+
+
+def protocol_of(url: str) -> str:
+    """``file`` for a plain path, otherwise what stands before the first colon."""
+    head, colon, _ = url.partition(":")
+    # A path like "a/b:c" has a slash before its colon and is a plain path.
+    if not colon or "/" in head or not head:
+        return "file"
+    return head
+
+
+def is_local(url: str) -> bool:
+    return protocol_of(url) in ("file", "local")
+
+
+def is_remote(url: str) -> bool:
+    """Whether reading takes requests over a network."""
+    return protocol_of(url) not in ("file", "local", "memory")
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    """Every text in nested options."""
+    if isinstance(tree, dict):
+        for value in tree.values():
+            yield from _texts(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _texts(value)
+    elif isinstance(tree, str):
+        yield tree

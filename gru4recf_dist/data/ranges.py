@@ -1,0 +1,197 @@
+"""A file on object storage as a stream: fetched in ranges, the next ones while the current one is used.
+
+A connection that breaks costs the range it was fetching, which is asked for again; what came before stays.
+"""
+
+from __future__ import annotations
+
+import io
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from gru4recf_dist.data import filesystems
+from gru4recf_dist.data.attempts import attempted, call, is_behind_the_end
+from gru4recf_dist.errors import UserError
+
+MIB = 1 << 20
+THREADS = 16
+
+
+class DamagedFile(UserError):
+    """A file is not what it must be. Its text is one line that names it, and the reason."""
+
+
+class RangedReader(io.RawIOBase):
+    """A file that is read mostly forwards.
+
+    Args:
+        url: on any file system; worth its trouble on remote ones.
+        size_bytes: the size that the file must have; None: whatever it has. If it is given, nothing is asked of
+            storage but the ranges themselves, the first of which are on their way when this returns.
+
+    Raises:
+        FileNotFoundError, PermissionError: in time or at the first read.
+        DamagedFile: while reading: the file is shorter or longer than ``size_bytes``.
+        UserError: storage went on failing.
+    """
+
+    def __init__(self, url: str, size_bytes: int | None = None) -> None:
+        settings = filesystems.settings()
+        self._url = url
+        self._fs, self._path = filesystems.filesystem(url)
+        self._size_is_given = size_bytes is not None
+        if size_bytes is None:
+            size_bytes = int(attempted(url, lambda: call(self._fs, "info", self._path))["size"])
+        self._size = size_bytes
+        self._range_bytes = int(settings.range_mib * MIB)
+        self._ahead_ranges = settings.ahead_ranges
+        self._position = 0
+        self._current = -1
+        self._content = b""
+        self._ahead: dict[int, Future[bytes]] = {}
+        if self._size_is_given:
+            self._fetch_ahead(0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise ValueError(f"negative seek position {base + offset}")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer) -> int:
+        if self._position >= self._size:
+            return 0
+        number, offset = divmod(self._position, self._range_bytes)
+        if number != self._current:
+            self._enter(number)
+        part = memoryview(self._content)[offset : offset + len(buffer)]
+        buffer[: len(part)] = part
+        self._position += len(part)
+        return len(part)
+
+    def close(self) -> None:
+        if not self.closed:
+            for number in list(self._ahead):
+                self._drop(number)
+            self._content = b""
+        super().close()
+
+    # -- ranges ------------------------------------------------------------------------------------------------------
+
+    def _enter(self, number: int) -> None:
+        """Make range ``number`` the current one."""
+        forwards = number == self._current + 1
+        for other in list(self._ahead):
+            if other < number or other > number + self._ahead_ranges:
+                self._drop(other)
+        future = self._ahead.pop(number, None)
+        if future is None:
+            self._content = self._fetch(number)
+        else:
+            try:
+                self._content = future.result()
+            finally:
+                _held.release(self._range_bytes)
+        self._current = number
+        # A reader that jumps about, as of Parquet, gets what it asks for only.
+        if forwards:
+            self._fetch_ahead(number + 1)
+
+    def _fetch_ahead(self, first: int) -> None:
+        for number in range(first, first + self._ahead_ranges):
+            if number * self._range_bytes >= self._size or number in self._ahead:
+                continue
+            if not _held.acquire(self._range_bytes):
+                return
+            self._ahead[number] = in_background(lambda number=number: self._fetch(number))
+
+    def _drop(self, number: int) -> None:
+        self._ahead.pop(number).cancel()
+        _held.release(self._range_bytes)
+
+    def _fetch(self, number: int) -> bytes:
+        return attempted(self._url, lambda: self._request(number))
+
+    def _request(self, number: int) -> bytes:
+        start = number * self._range_bytes
+        stop = min(start + self._range_bytes, self._size)
+        # One byte more than there should be tells a file that is too long.
+        probe = 1 if self._size_is_given and stop == self._size else 0
+        try:
+            content = call(self._fs, "cat_file", self._path, start=start, end=stop + probe)
+        except OSError as error:
+            if not is_behind_the_end(error):
+                raise
+            content = b""
+        if len(content) > stop - start:
+            raise DamagedFile(f"{self._url}: longer than the {self._size} bytes it should have")
+        if len(content) < stop - start:
+            # Either the file ends before its time, or the connection did.
+            size = int(call(self._fs, "info", self._path)["size"])
+            if size < stop:
+                raise DamagedFile(f"{self._url}: truncated, {size} bytes of {self._size}")
+            raise ConnectionError(f"{len(content)} of {stop - start} bytes came")
+        return content
+
+
+class _Held:
+    """Counts the bytes that this process holds, or waits for, ahead of their use."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._bytes = 0
+
+    def acquire(self, count: int) -> bool:
+        """Take ``count`` bytes of the bound, if they are free."""
+        with self._lock:
+            if self._bytes + count > filesystems.settings().ahead_mib * MIB:
+                return False
+            self._bytes += count
+            return True
+
+    def release(self, count: int) -> None:
+        with self._lock:
+            self._bytes -= count
+
+
+_held = _Held()
+_work: queue.SimpleQueue[tuple[Future, Callable]] = queue.SimpleQueue()
+_threads: list[threading.Thread] = []
+
+
+def in_background(function: Callable[[], object]) -> Future:
+    """Run ``function`` in one of a few threads.
+
+    They are daemons: a program that ends does not wait for a stalled request, as it would for `ThreadPoolExecutor`.
+    """
+    future: Future = Future()
+    _work.put((future, function))
+    if len(_threads) < THREADS:
+        _threads.append(threading.Thread(target=_serve, daemon=True, name="storage"))
+        _threads[-1].start()
+    return future
+
+
+def _serve() -> None:
+    while True:
+        future, function = _work.get()
+        if not future.set_running_or_notify_cancel():
+            continue
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+        # Not kept alive until the next piece of work comes.
+        del future, function

@@ -1,0 +1,78 @@
+"""Reading and training while one request in twenty fails, and resuming: the same as when nothing fails, bit for bit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.dist.test_resume import OPTIONS, STEPS, resume, train_until
+from tests.s3.epoch import read_epoch
+from tests.support.ranks import run_ranks
+from tests.support.s3 import BUCKET, S3, SHARES
+from tests.support.s3_runs import assert_equal_tensors, in_environment, program
+from tests.support.synthetic import random_sessions, write_dataset
+from tests.support.training import small_config, train, whole
+
+pytestmark = pytest.mark.s3
+SESSIONS = 600
+# Small shards: many requests.
+SHARDS = {"streams": 8, "shard_sessions": 4, "block_sessions": 2}
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory) -> str:
+    """A data set in a local folder."""
+    folder = tmp_path_factory.mktemp("data")
+    valid, test = random_sessions(1, 20, 30), random_sessions(2, 20, 30)
+    write_dataset(str(folder), random_sessions(0, SESSIONS, items=30), valid, test, **SHARDS)
+    return str(folder)
+
+
+def _copied(local: str, s3: S3, name: str) -> str:
+    """The data set on S3, at a place of the test's own: then its faults do not depend on other tests."""
+    s3.files().put(f"{local}/", f"{BUCKET}/{name}/data/", recursive=True)
+    return f"s3://{BUCKET}/{name}/data"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_under_faults_delivers_every_session_exactly_once(local, s3, faulty_s3, workers):
+    name = f"epoch-{workers}"
+    remote = _copied(local, s3, name)
+    finished = program("-m", "tests.s3.epoch", remote, workers, environment=faulty_s3.environment)
+    assert finished.returncode == 0, finished.stderr
+    sessions = json.loads(finished.stdout)
+    assert sorted(sessions) == list(range(SESSIONS))
+    assert sessions == read_epoch(local, 0)
+    assert faulty_s3.faults(name).keys() == SHARES.keys()
+
+
+def test_training_under_faults_ends_with_the_weights_of_a_run_without(local, tmp_path, s3, faulty_s3):
+    remote = _copied(local, s3, "training")
+    settings = ("max_steps=null", "max_epochs=1", "checkpoint.every_steps=5", "evaluation.every_epochs=1")
+    quiet = run_ranks(2, train, tmp_path, small_config(local, tmp_path / "run", *settings))
+    config = small_config(remote, f"s3://{BUCKET}/training/run", *settings)
+    faulty = run_ranks(2, in_environment, tmp_path, faulty_s3.environment, train, config)
+    assert_equal_tensors(whole(faulty), whole(quiet))
+    assert faulty_s3.faults("training").keys() == SHARES.keys()
+    writes = [line for line in faulty_s3.requests("training/run") if line["method"] in ("PUT", "POST", "DELETE")]
+    assert any(line["fault"] for line in writes)
+    result = json.loads(faulty_s3.files().cat_file(f"{BUCKET}/training/run/result.json"))
+    expected = json.loads((tmp_path / "run/result.json").read_text())
+    assert [result[name] for name in ("steps", "valid", "test")] == [
+        expected[name] for name in ("steps", "valid", "test")
+    ]
+
+
+def test_a_run_on_s3_resumed_in_mid_epoch_ends_bit_equal_to_an_unbroken_one(local, tmp_path, s3):
+    remote = _copied(local, s3, "resumed")
+    unbroken = run_ranks(2, train, tmp_path, small_config(local, tmp_path / "unbroken", *OPTIONS, *STEPS))
+    config = small_config(remote, f"s3://{BUCKET}/resumed/run", *OPTIONS, *STEPS)
+    # Steps 8 and 9 are made, logged, and lost.
+    run_ranks(2, in_environment, tmp_path, s3.environment, train_until, config, 9)
+    resumed = run_ranks(2, in_environment, tmp_path, s3.environment, resume, config)
+    assert [first for first, _ in resumed] == [7, 7]
+    assert_equal_tensors(whole([state for _, state in resumed]), whole(unbroken))
+    lines = s3.files().cat_file(f"{BUCKET}/resumed/run/metrics.jsonl").splitlines()
+    logged = [line["step"] for line in map(json.loads, lines) if "train/lr" in line]
+    assert logged == list(range(1, 14))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import ibis
@@ -14,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep import readers
+from data_prep.columns import in_arrow_memory
 from data_prep.engine import Engine, finite
 from data_prep.item_tables import item_tables
 from data_prep.known import Known
@@ -120,7 +120,7 @@ def _row_names(url: str, item_column: str) -> pa.Array:
     if not url.endswith(".parquet"):
         return pa.array(content.decode().splitlines(), pa.string())
     try:
-        table = pq.read_table(io.BytesIO(content))
+        table = pq.read_table(in_arrow_memory(content))
     except pa.ArrowInvalid as error:
         raise UserError(f"{url}: not a Parquet file") from error
     name = table.column_names[0] if table.num_columns == 1 else item_column

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from gru4recf_dist.data import filesystems
 from gru4recf_dist.data.shard_format import MAX_BLOCK_SESSIONS
 from gru4recf_dist.data.storage_config import StorageConfig
 from gru4recf_dist.section import Section
@@ -332,7 +333,7 @@ class Recipe(Section):
             if getattr(self, key) is not None:
                 raise ValueError(f"{key} is for engine duckdb; with spark use {instead}")
         for key in ("source", "output"):
-            if getattr(self, key).startswith("memory:"):
+            if filesystems.protocol_of(getattr(self, key)) == "memory":
                 raise ValueError(f"{key}: engine spark works in other processes, which do not see memory://")
         if not self.spark.is_local and self.temporary_folder is None:
             raise ValueError(f"temporary_folder must be given with spark.master={self.spark.master}")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from data_prep.bad_rows import BadRows
+from gru4recf_dist.data import filesystems
+from gru4recf_dist.data.storage_config import StorageConfig
 from gru4recf_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +41,9 @@ def user_line(message: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def _told(settings: StorageConfig) -> Iterator[None]:
+    """Reach storage as the driver does, and tell it of errors that the user can act on."""
+    filesystems.configure(settings)
     try:
         yield
     except UserError as error:
@@ -57,10 +61,10 @@ def stored_schema(schema: pa.Schema) -> pa.Schema:
 
 def reading(read: FileReader, schema: pa.Schema) -> Callable[[Batches], Batches]:
     """Files by their number (column `id`) -> rows in ``schema``, bad ones, and the number left out of each file."""
-    stored = stored_schema(schema)
+    stored, settings = stored_schema(schema), filesystems.settings()
 
     def run(batches: Batches) -> Batches:
-        with _told():
+        with _told(settings):
             for batch in batches:
                 for number in batch.column("id").to_pylist():
                     bad_rows = BadRows()
@@ -82,9 +86,10 @@ def reading(read: FileReader, schema: pa.Schema) -> Callable[[Batches], Batches]
 
 def writing(task: SortedTask) -> Callable[[Batches], Batches]:
     """A task over sorted rows -> its texts in the column `text`."""
+    settings = filesystems.settings()
 
     def run(batches: Batches) -> Batches:
-        with _told():
+        with _told(settings):
             for text in task(batches):
                 yield pa.record_batch({"text": [text]})
 

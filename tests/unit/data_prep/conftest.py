@@ -11,7 +11,7 @@ import pytest
 from data_prep.prepare import prepare
 from data_prep.recipe import Recipe, Spark
 from gru4recf_dist import typed_yaml
-from tests.unit.data_prep.both_engines import APPLICATION_SETTINGS, ON_SPARK, SPARK, check_same
+from tests.unit.data_prep.both_engines import APPLICATION_SETTINGS, ON_SPARK, QUICK_SPARK, check_same
 from tests.unit.data_prep.prepared import Prepared
 
 RECIPES = Path(__file__).parents[3] / "configs/data"
@@ -46,7 +46,7 @@ def prepared(request, tmp_path) -> Callable[..., Prepared]:
 
     def run_on_both(*given: str | Path) -> Prepared:
         run("duckdb", *given, "threads=2")
-        data = run("out", *given, "engine=spark", f"spark={json.dumps(SPARK)}")
+        data = run("out", *given, "engine=spark", f"spark={json.dumps(QUICK_SPARK)}")
         check_same(tmp_path / "duckdb", tmp_path / "out")
         return data
 

@@ -215,3 +215,22 @@ def test_shard_that_cannot_be_written_is_one_line(tmp_path):
         table = engine.stage("rows", pa.schema({"number": pa.int64()}), iter([pa.table({"number": [1, 2]})]))
         with pytest.raises(UserError, match=r"^[^\n]*file/shard.tar: cannot be written \(File exists\)$"):
             list(engine.run_sorted(table, ["number"], ["number"], ["number"], task))
+
+
+def test_executors_reach_storage_with_the_recipes_settings(monkeypatch):
+    from data_prep.engine import open_engine
+    from gru4recf_dist.data import filesystems
+    from gru4recf_dist.data.storage_config import StorageConfig
+    from tests.unit.data_prep.prepared import make
+
+    monkeypatch.setattr(filesystems, "_settings", StorageConfig(attempts=3))
+
+    def task(batches):
+        from gru4recf_dist.data import filesystems
+
+        rows = sum(batch.num_rows for batch in batches)
+        yield f"{rows} {filesystems.settings().attempts}"
+
+    with open_engine(make({"source": "x", "output": "y", "threads": None, "engine": "spark"})) as engine:
+        table = engine.stage("rows", pa.schema({"number": pa.int64()}), iter([pa.table({"number": [1]})]))
+        assert "1 3" in list(engine.run_sorted(table, ["number"], ["number"], ["number"], task))

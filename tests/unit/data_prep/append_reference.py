@@ -125,6 +125,11 @@ class Reference:
         for stream in range(STREAMS):
             numbers = [number for of, number, _, _ in data.sessions("train") if of == stream]
             assert numbers == sorted(numbers)
+            names = [shard["url"] for shard in data.shards("train") if shard["stream"] == stream]
+            assert sorted(names) == [f"train/s{stream:04d}-{number:06d}.tar" for number in range(len(names))]
+        for split in ("valid", "test"):
+            named = [(shard["stream"], shard["url"]) for shard in data.shards(split)]
+            assert named == [(number, f"{split}/{number:06d}.tar") for number in range(len(named))]
         assert all(shard["sessions"] <= 5 for split in self.sessions for shard in data.shards(split))
         self._check_features(data)
 

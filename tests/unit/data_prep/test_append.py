@@ -78,13 +78,22 @@ def test_ids_numbers_streams_popularity_and_features_are_those_of_the_reference(
 def test_spark_appends_the_same_bytes_as_duckdb(request, tmp_path, data, days, engine):
     request.getfixturevalue("spark_application")
     shutil.copytree(data, tmp_path / "spark")
-    support = {"min_item_support": 3}
-    append(data, days[2], **support)
-    append(tmp_path / "spark", days[2], **support, engine=engine, spark=SPARK, threads=None)
-    assert files_of(data) == files_of(tmp_path / "spark")
+    # In the second append nothing is new, and nothing is held out.
+    again = tmp_path / "again.csv"
+    again.write_text(Path(days[2]["source"]).read_text() + "s1,i1,5\n")
+    trained = {"method": "temporal", "valid_from": 98, "test_from": 99}
+    on_spark = {"engine": engine, "spark": SPARK, "threads": None}
+    for folder, settings in ((data, {}), (tmp_path / "spark", on_spark)):
+        append(folder, days[2], min_item_support=3, **settings)
+        append(folder, {**days[2], "source": str(again)}, min_item_support=999, split=trained, **settings)
+    first, second = ({**files_of(folder)} for folder in (data, tmp_path / "spark"))
     manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (data, tmp_path / "spark")]
-    engines = [manifest["appends"][0].pop("recipe")["engine"] for manifest in manifests]
-    assert engines == ["duckdb", "spark"]
+    for number, files in enumerate((first, second)):
+        engines = [each.pop("recipe")["engine"] for each in manifests[number]["appends"]]
+        assert engines == [("duckdb", "spark")[number]] * 2
+        kept = manifests[number]["ancestors"][1]
+        assert files.pop(f"manifests/{kept}.json")
+    assert first == second
     assert manifests[0] == manifests[1]
 
 

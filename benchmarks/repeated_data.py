@@ -12,8 +12,6 @@ from gru4recf_dist.data import storage
 from gru4recf_dist.data.columns import concatenate
 from gru4recf_dist.data.shard_format import (
     MAX_BLOCK_SESSIONS,
-    POPULARITY,
-    TOKENS,
     Manifest,
     read_manifest,
     write_manifest,
@@ -37,10 +35,7 @@ def write_repeated(source: str, data: str, events: int) -> Manifest:
         last_event_only=False,
     )
     splits = {**manifest.splits, "train": writer.split_info(list(shards))}
-    files = [shard.url for name in ("valid", "test") for shard in manifest.splits[name].shards]
-    for feature in manifest.features:
-        files += filter(None, [feature.values, feature.indptr, feature.vocabulary])
-    for file in [TOKENS, POPULARITY, *files]:
+    for file in sorted(set(manifest.files) - {shard.url for shard in train.shards}):
         storage.write_bytes(storage.join(data, file), storage.read_bytes(storage.join(source, file)))
     repeated = manifest.model_copy(update={"splits": splits})
     write_manifest(data, repeated)

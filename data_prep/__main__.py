@@ -1,4 +1,4 @@
-"""``python -m data_prep --config RECIPE.yaml [key=value ...]``"""
+"""``python -m data_prep [--append] --config RECIPE.yaml [key=value ...]``"""
 
 from __future__ import annotations
 
@@ -24,12 +24,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prepare a data set; the report goes to stdout, progress to stderr."""
     parser = _Parser(prog="python -m data_prep", description="Raw event files -> session shards.", allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="recipe, a path or fsspec URL (configs/data/*.yaml)")
+    parser.add_argument(
+        "--append",
+        action="store_true",
+        help="add the events to the data set that `output` holds: its items keep their ids, its sessions stay",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as source=data/raw/x")
     options = parser.parse_intermixed_args(arguments)
     recipe = typed_yaml.load(Recipe, options.config, options.overrides)
     started = time.monotonic()
     try:
-        report = prepare(recipe)
+        report = prepare(recipe, append=options.append)
     except OSError as error:
         # A disk that is full or a bucket that refuses is not a bug of this program.
         where = f"{error.filename}: " if error.filename else ""

@@ -16,6 +16,7 @@ from data_prep import readers
 from data_prep.columns import in_arrow_memory
 from data_prep.engine import Engine, finite
 from data_prep.item_tables import item_tables
+from data_prep.known import Known
 from data_prep.recipe import FeatureRecipe, Recipe
 from data_prep.sources import resolve
 from gru4recf_dist.data import storage
@@ -46,25 +47,30 @@ class ItemFeatures:
         for table in self._tables:
             self.kinds |= table.kinds
 
-    def write(self, engine: Engine, catalog: ir.Table, items: int, data: str) -> tuple[list[Feature], list[dict]]:
+    def write(
+        self, engine: Engine, catalog: ir.Table, items: int, data: str, known: Known
+    ) -> tuple[list[Feature], list[dict]]:
         """Write all features of ``catalog`` (`token`, `id`, `popularity`; N = ``items``) below ``data``.
+
+        Items of ``known`` keep the values that they have there.
 
         Returns:
             Their descriptions for the manifest, and their rows of the report.
         """
+        catalog = catalog.filter(catalog.id > known.items)
         columns: dict[str, ir.Table] = {}
         for table in self._tables:
             columns |= table.described(engine, catalog)
         written, rows = [], []
         for feature in self._recipe.features:
-            kind = self.kinds[feature.name]
+            kind, files = self.kinds[feature.name], _Files(feature.name, data, known)
             if feature.npy is not None:
                 values, present = self._npy_vectors(engine, catalog, feature, items)
-                entry = _write_vector(data, feature.name, values)
+                entry = _write_vector(feature.name, values, files)
             else:
-                entry, present = _WRITERS[kind](engine, columns[feature.name], items, data, feature)
+                entry, present = _WRITERS[kind](engine, columns[feature.name], items, files, feature)
             written.append(entry)
-            without = items - int(np.count_nonzero(present[1:]))
+            without = int(np.count_nonzero(~present[known.items + 1 :]))
             rows.append(
                 {
                     "feature": feature.name,
@@ -123,17 +129,56 @@ def _row_names(url: str, item_column: str) -> pa.Array:
     return table.column(name).cast(pa.string()).combine_chunks()
 
 
-def _vocabulary(engine: Engine, values: ir.Table, data: str, name: str) -> tuple[pa.Array, str]:
-    """Values of training items, the most frequent first, ties by the value; written beside the feature."""
-    seen = values.filter((values.popularity > 0) & (values.value != ""))
-    counts = seen.group_by("value").agg(items=seen.count())
-    ordered = counts.order_by(ibis.desc("items"), "value").select("value")
-    pieces = [batch.column("value").cast(pa.string()) for batch in engine.batches(ordered)]
-    vocabulary = pa.concat_arrays(pieces) if pieces else pa.array([], pa.string())
-    url = f"items/features/{name}.vocabulary.parquet"
-    ids = np.arange(FIRST_VALUE_ID, FIRST_VALUE_ID + len(vocabulary), dtype=np.int32)
-    write_parquet(storage.join(data, url), pa.table({"id": ids, "token": vocabulary}))
-    return vocabulary, url
+class _Files:
+    """The files of one feature: those to write and, when a data set is appended to, those that it has."""
+
+    def __init__(self, name: str, data: str, known: Known) -> None:
+        self._name, self._data, self._known = name, data, known
+        self.before = known.feature(name)
+        self.known_items = known.items
+
+    def url(self, part: str) -> str:
+        """The name of a part (`values.npy`, say) for the manifest."""
+        return self._known.named(f"items/features/{self._name}.{part}")
+
+    def write(self, part: str, values: np.ndarray) -> str:
+        """Write a `.npy`; gives its name for the manifest."""
+        url = self.url(f"{part}.npy")
+        storage.write_npy(storage.join(self._data, url), values)
+        return url
+
+    def read_before(self, url: str | None) -> np.ndarray:
+        """A `.npy` of the known items, whose name is in ``before``."""
+        return self._known.read_values(str(url))
+
+    def extended(self, values: np.ndarray) -> np.ndarray:
+        """``values`` [N+1, ...] with those of the known items put in."""
+        if self.before is not None:
+            before = self.read_before(self.before.values)
+            if len(before) != self.known_items + 1 or before.shape[1:] != values.shape[1:]:
+                raise UserError(f"{self.before.values}: has shape {before.shape}, which does not fit the manifest")
+            values[: len(before)] = before
+        return values
+
+    def vocabulary(self, engine: Engine, values: ir.Table) -> tuple[pa.Array, str]:
+        """Values of training items, the most frequent first, ties by the value, behind those that there are already.
+
+        Returns:
+            the vocabulary, and the name of the file that it was written to.
+        """
+        known = pa.array([], pa.string())
+        if self.before is not None:
+            known = self._known.read_tokens(str(self.before.vocabulary))
+        seen = values.filter((values.popularity > 0) & (values.value != ""))
+        counts = seen.group_by("value").agg(items=seen.count())
+        ordered = counts.order_by(ibis.desc("items"), "value").select("value")
+        pieces = [batch.column("value").cast(pa.string()) for batch in engine.batches(ordered)]
+        pieces = [piece.filter(pc.invert(pc.is_in(piece, value_set=known))) for piece in pieces]
+        vocabulary = pa.concat_arrays([known, *pieces])
+        url = self.url("vocabulary.parquet")
+        ids = np.arange(FIRST_VALUE_ID, FIRST_VALUE_ID + len(vocabulary), dtype=np.int32)
+        write_parquet(storage.join(self._data, url), pa.table({"id": ids, "token": vocabulary}))
+        return vocabulary, url
 
 
 def write_parquet(url: str, table: pa.Table) -> None:
@@ -150,26 +195,28 @@ def _encoded(values: pa.Array, vocabulary: pa.Array) -> np.ndarray:
 
 
 def _write_token(
-    engine: Engine, column: ir.Table, items: int, data: str, feature: FeatureRecipe
+    engine: Engine, column: ir.Table, items: int, files: _Files, feature: FeatureRecipe
 ) -> tuple[Feature, np.ndarray]:
-    vocabulary, vocabulary_url = _vocabulary(engine, column, data, feature.name)
-    values = np.full(items + 1, PADDING_ID, dtype=np.int32)
+    vocabulary, vocabulary_url = files.vocabulary(engine, column)
+    values = files.extended(np.full(items + 1, PADDING_ID, dtype=np.int32))
     for batch in engine.batches(column.filter(column.value != "").order_by("id")):
         values[batch.column("id").to_numpy()] = _encoded(batch.column("value"), vocabulary)
-    url = f"items/features/{feature.name}.values.npy"
-    storage.write_npy(storage.join(data, url), values)
+    url = files.write("values", values)
     size = len(vocabulary) + FIRST_VALUE_ID
     entry = Feature(name=feature.name, kind="token", size=size, values=url, vocabulary=vocabulary_url)
     return entry, values > 0
 
 
 def _write_token_seq(
-    engine: Engine, column: ir.Table, items: int, data: str, feature: FeatureRecipe
+    engine: Engine, column: ir.Table, items: int, files: _Files, feature: FeatureRecipe
 ) -> tuple[Feature, np.ndarray]:
     flat = column.select("popularity", value=column.value.unnest())
-    vocabulary, vocabulary_url = _vocabulary(engine, flat, data, feature.name)
+    vocabulary, vocabulary_url = files.vocabulary(engine, flat)
     lengths = np.zeros(items + 1, dtype=np.int64)
-    pieces: list[np.ndarray] = []
+    pieces = [np.zeros(0, np.int32)]
+    if files.before is not None:
+        pieces = [files.read_before(files.before.values)]
+        lengths[: files.known_items + 1] = np.diff(files.read_before(files.before.indptr))
     for batch in engine.batches(column.filter(column.value.notnull()).order_by("id")):
         lists = batch.column("value")
         owners = batch.column("id").to_numpy()[pc.list_parent_indices(lists).to_numpy()]
@@ -179,9 +226,7 @@ def _write_token_seq(
         pieces.append(_encoded(values.filter(real), vocabulary))
         lengths += np.bincount(owners[real.to_numpy(zero_copy_only=False)], minlength=items + 1)
     indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    values_url, indptr_url = (f"items/features/{feature.name}.{part}.npy" for part in ("values", "indptr"))
-    storage.write_npy(storage.join(data, values_url), np.concatenate([np.zeros(0, np.int32), *pieces]))
-    storage.write_npy(storage.join(data, indptr_url), indptr)
+    values_url, indptr_url = files.write("values", np.concatenate(pieces)), files.write("indptr", indptr)
     entry = Feature(
         name=feature.name,
         kind="token_seq",
@@ -195,7 +240,7 @@ def _write_token_seq(
 
 
 def _write_float(
-    engine: Engine, column: ir.Table, items: int, data: str, feature: FeatureRecipe
+    engine: Engine, column: ir.Table, items: int, files: _Files, feature: FeatureRecipe
 ) -> tuple[Feature, np.ndarray]:
     number = engine.number(column.value) if isinstance(column.value.type(), dt.String) else column.value
     numbers = column.select("id", "popularity", value=number)
@@ -208,17 +253,23 @@ def _write_float(
         values[ids] = batch.column("value").to_numpy()
         present[ids] = True
         trained[ids] = batch.column("popularity").to_numpy() > 0
-    if feature.standardize and trained.any():
-        # In numpy, in the order of ids: an engine's sums depend on its threads.
-        mean, deviation = values[trained].mean(), values[trained].std()
-        values[present] = (values[present] - mean) / (deviation or 1.0)
-    url = f"items/features/{feature.name}.values.npy"
-    storage.write_npy(storage.join(data, url), values.astype(np.float32))
-    return Feature(name=feature.name, kind="float", size=1, values=url), present
+    mean = deviation = None
+    if feature.standardize:
+        if files.before is not None:
+            mean, deviation = files.before.mean, files.before.deviation
+        elif trained.any():
+            # In numpy, in the order of ids: an engine's sums depend on its threads.
+            mean, deviation = float(values[trained].mean()), float(values[trained].std()) or 1.0
+        else:
+            mean, deviation = 0.0, 1.0
+        values[present] = (values[present] - mean) / deviation
+    url = files.write("values", files.extended(values.astype(np.float32)))
+    entry = Feature(name=feature.name, kind="float", size=1, values=url, mean=mean, deviation=deviation)
+    return entry, present
 
 
 def _write_column_vector(
-    engine: Engine, column: ir.Table, items: int, data: str, feature: FeatureRecipe
+    engine: Engine, column: ir.Table, items: int, files: _Files, feature: FeatureRecipe
 ) -> tuple[Feature, np.ndarray]:
     values: np.ndarray | None = None
     present = np.zeros(items + 1, dtype=bool)
@@ -233,15 +284,18 @@ def _write_column_vector(
         flat = pc.fill_null(pc.list_flatten(lists), 0.0).to_numpy(zero_copy_only=False)
         values[ids] = flat.reshape(len(ids), -1)
         present[ids] = True
+    if values is None and files.before is not None:
+        values = np.zeros((items + 1, files.before.size), dtype=np.float32)
     if values is None:
         raise UserError(f"features.{feature.name}: no item of the catalog has a vector")
-    return _write_vector(data, feature.name, values), present
+    return _write_vector(feature.name, values, files), present
 
 
-def _write_vector(data: str, name: str, values: np.ndarray) -> Feature:
-    url = f"items/features/{name}.values.npy"
-    storage.write_npy(storage.join(data, url), values)
-    return Feature(name=name, kind="vector", size=values.shape[1], values=url)
+def _write_vector(name: str, values: np.ndarray, files: _Files) -> Feature:
+    size = values.shape[1]
+    if files.before is not None and files.before.size != size:
+        raise UserError(f"features.{name}: vectors of size {size}, but the data set has size {files.before.size}")
+    return Feature(name=name, kind="vector", size=size, values=files.write("values", files.extended(values)))
 
 
 _WRITERS: dict[str, Any] = {

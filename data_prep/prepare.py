@@ -16,39 +16,59 @@ from data_prep import output, splits, steps, vocabulary, writer
 from data_prep.bad_rows import QUARANTINE, write_record
 from data_prep.engine import MICROSECONDS, Engine, Unread, open_engine
 from data_prep.features import ItemFeatures, write_parquet
+from data_prep.fingerprint import fingerprints
+from data_prep.known import Known, read_known
 from data_prep.recipe import Recipe
 from data_prep.report import Report
 from data_prep.sources import VALID, EventFile, event_files, event_reader, staged_schema
 from gru4recf_dist.data import storage
-from gru4recf_dist.data.shard_format import POPULARITY, SPLITS, TOKENS, Manifest, ShardInfo, SplitInfo, write_manifest
+from gru4recf_dist.data.shard_format import POPULARITY, SPLITS, TOKENS, InputFile, ShardInfo, SplitInfo, write_manifest
 from gru4recf_dist.errors import UserError
 
 # The first event of a session is history only.
 SHORTEST_WITH_TARGET = 2
 
 
-def prepare(recipe: Recipe) -> Report:
+def prepare(recipe: Recipe, append: bool = False) -> Report:
     """Run a recipe; the data set is at ``recipe.output`` when this returns.
 
+    Args:
+        append: add the events to the data set that is there, instead of replacing it.
+
     Raises:
-        UserError: a file or column is missing, or a step leaves nothing over. The output is then as it was before
-            (object storage: unless the error came while writing).
+        UserError: a file or column is missing, or a step leaves nothing over, or there is nothing that the events can
+            be added to. The output is then as it was before (object storage, unless appending: if the error did not
+            come while writing).
     """
-    output.check_replaceable(recipe.output)
-    files = event_files(recipe)
+    if not append:
+        output.check_replaceable(recipe.output)
+    files = event_files(recipe, append)
     features = ItemFeatures(recipe)
+    inputs = fingerprints(file.url for file in files)
+    known = read_known(recipe, features.kinds, inputs) if append else Known()
     with open_engine(recipe) as engine:
-        return _Preparation(recipe, engine, files, features).run()
+        return _Preparation(recipe, engine, files, features, inputs, known).run()
 
 
 class _Preparation:
     """The state that the steps share."""
 
-    def __init__(self, recipe: Recipe, engine: Engine, files: list[EventFile], features: ItemFeatures) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        engine: Engine,
+        files: list[EventFile],
+        features: ItemFeatures,
+        inputs: list[InputFile],
+        known: Known,
+    ) -> None:
         self.recipe = recipe
         self.engine = engine
         self.files = files
         self.features = features
+        self.inputs = inputs
+        self.known = known
+        self.appends = known.manifest is not None
         self.report = Report()
         self.unread: Unread
         self.bad = 0
@@ -58,41 +78,41 @@ class _Preparation:
     def run(self) -> Report:
         good = self._good(self._read())
         events, sessions, items = self._sessionize(good)
-        parts, dropped = self._split(self._filter(events))
+        known = self.known.stage(self.engine)
+        parts, dropped = self._split(self._filter(events, items, known))
         seed = self.recipe.seed
-        catalog = self.engine.keep("catalog", vocabulary.catalog(self.engine, parts, items, seed))
+        catalog = vocabulary.catalog(self.engine, parts, items, seed, known, self.known.items)
+        catalog = self.engine.keep("catalog", catalog)
         self._count_splits(parts, dropped, catalog)
         streams = self._streams()
         numbers = {
             name: self.engine.keep(
-                f"numbers_{name}", vocabulary.session_numbers(self.engine, name, part, sessions, seed)
+                f"numbers_{name}",
+                vocabulary.session_numbers(self.engine, name, part, sessions, seed, self.known.sessions(name)),
             )
             for name, part in parts.items()
         }
-        with output.replacing(self.recipe.output) as data:
+        writing = output.appending if self.appends else output.replacing
+        with writing(self.recipe.output) as data:
             self._write_quarantine(data)
             count = self._write_items(catalog, data)
-            written, rows = self.features.write(self.engine, catalog, count, data)
+            written, rows = self.features.write(self.engine, catalog, count, data, self.known)
             for row in rows:
                 self.report.add_feature(row)
             infos = {}
             for name in SPLITS:
                 dealt = streams if name == "train" else 1
                 shard = self.recipe.shard_sessions
-                table = vocabulary.numbered_events(parts[name], numbers[name], catalog, dealt, shard)
+                first = self.known.sessions(name)
+                table = vocabulary.numbered_events(parts[name], numbers[name], catalog, dealt, shard, first)
                 infos[name] = self._write_split(name, table, dealt, data)
-            manifest = Manifest(
-                name=self.recipe.name,
-                seed=self.recipe.seed,
-                items=count,
-                streams=streams,
-                protocol="leave_one_out" if self.one_target else "every_position",
-                splits=infos,
-                features=written,
-                report=self.report.rows,
-                recipe=self.recipe.model_dump(mode="json", exclude={"storage"}),
+            manifest = self.known.manifest_with(
+                self.recipe, count, streams, infos, written, self.inputs, self.report.rows
             )
-            write_manifest(data, manifest)
+            if self.appends:
+                output.replace_manifest(data, self.known.content, manifest)
+            else:
+                write_manifest(data, manifest)
         return self.report
 
     def _read(self) -> ir.Table:
@@ -159,8 +179,8 @@ class _Preparation:
         self._add("sessionize", events)
         return events, cut.select("code", "key"), items
 
-    def _filter(self, events: ir.Table) -> ir.Table:
-        """Drop short sessions and rare items; the events left, each with its place in its session."""
+    def _filter(self, events: ir.Table, items: ir.Table, known: ir.Table | None) -> ir.Table:
+        """Drop short sessions and rare items (no known ones); the events left, each with its place in its session."""
         shortest, support = self.recipe.min_session_length, self.recipe.min_item_support
         note = f"of fewer than {shortest} events"
         if support == 1:
@@ -172,8 +192,12 @@ class _Preparation:
         events = self.engine.keep("long_enough", steps.without_short(events, shortest))
         self.engine.drop("events")
         self._add("drop short sessions", events, note=note)
-        events, rounds = steps.k_core(self.engine, events, support, shortest)
-        self._add("k-core filter", events, note=f"items of at least {support} events, {rounds} rounds")
+        exempt, which = None, ""
+        if known is not None:
+            named = items.select(token="item", item="code")
+            exempt, which = self.engine.keep("exempt", named.semi_join(known, "token").select("item")), "new "
+        events, rounds = steps.k_core(self.engine, events, support, shortest, exempt)
+        self._add("k-core filter", events, note=f"{which}items of at least {support} events, {rounds} rounds")
         return self.engine.keep("placed", steps.placed(events))
 
     def _split(self, placed: ir.Table) -> tuple[dict[str, ir.Table], dict[str, ir.Table]]:
@@ -191,22 +215,26 @@ class _Preparation:
         for name, part in parts.items():
             counts = self.engine.row(steps.totals(part))
             without = self._count(dropped[name])
-            if not counts["events"]:
+            # What is held out of an append may be nothing; what is trained on may not.
+            may_be_empty = self.appends and name != "train"
+            if not counts["events"] and not may_be_empty:
                 raise UserError(f"split: no {name} session with a target is left ({without} without one)")
             more: dict[str, Any] = {"targets": counts["events"] - counts["sessions"]}
             if name != "train":
                 last_only = (part.place == part.stored - 1) if self.one_target else (part.place > 0)
                 joined = part.filter(last_only).join(catalog, "item")
-                untrained = (joined.popularity == 0).cast("int64").sum()
+                untrained = (joined.popularity == 0).cast("int64").sum().fill_null(0)
                 found = self.engine.row(joined.agg(targets=joined.count(), untrained=untrained))
                 more = {"targets": found["targets"], "untrained_targets": int(found["untrained"])}
-                more["untrained_share"] = round(more["untrained_targets"] / more["targets"], 6)
+                more["untrained_share"] = round(more["untrained_targets"] / max(more["targets"], 1), 6)
             if without:
                 more["note"] = f"{without:,} sessions without a target dropped"
                 more["sessions_without_target"] = without
-            self.report.add(f"split: {name}", counts, **more)
+            self.report.add(f"split: {name}", counts, may_be_empty, **more)
 
     def _streams(self) -> int:
+        if self.known.manifest is not None:
+            return self.known.manifest.streams
         sessions = next(row["sessions"] for row in self.report.rows if row["step"] == "split: train")
         return self.recipe.streams or writer.choose_streams(sessions)
 
@@ -237,21 +265,26 @@ class _Preparation:
     def _write_quarantine(self, data: str) -> None:
         if not self.bad:
             return
-        with storage.open_atomic(storage.join(data, QUARANTINE)) as stream:
+        with storage.open_atomic(storage.join(data, self.known.named(QUARANTINE))) as stream:
             for record in self._quarantined():
                 write_record(stream, record)
 
     def _write_items(self, catalog: ir.Table, data: str) -> int:
         """Tokens and popularity; gives N."""
-        count = self._count(catalog)
+        first_tokens, before = self.known.read_items()
+        fresh = catalog.filter(catalog.id > self.known.items)
+        count = self.known.items + self._count(fresh)
         popularity = np.zeros(count + 1, dtype=np.int64)
-        tokens: list[pa.Array] = []
-        for batch in self.engine.batches(catalog.select("id", "token", "popularity").order_by("id")):
+        popularity[: len(before)] = before
+        for batch in self.engine.batches(catalog.select("id", "popularity")):
             popularity[batch.column("id").to_numpy()] = batch.column("popularity").to_numpy()
+        tokens = [first_tokens]
+        for batch in self.engine.batches(fresh.select("id", "token").order_by("id")):
             tokens.append(batch.column("token").cast(pa.string()))
         ids = np.arange(1, count + 1, dtype=np.int32)
-        write_parquet(storage.join(data, TOKENS), pa.table({"id": ids, "token": pa.concat_arrays(tokens)}))
-        storage.write_npy(storage.join(data, POPULARITY), popularity)
+        named = pa.table({"id": ids, "token": pa.concat_arrays(tokens)})
+        write_parquet(storage.join(data, self.known.named(TOKENS)), named)
+        storage.write_npy(storage.join(data, self.known.named(POPULARITY)), popularity)
         return count
 
     def _write_split(self, name: str, table: ir.Table, streams: int, data: str) -> SplitInfo:
@@ -264,6 +297,8 @@ class _Preparation:
             shard_sessions=self.recipe.shard_sessions,
             block_sessions=self.recipe.block_sessions,
             last_event_only=self.one_target and name != "train",
+            first_number=self.known.sessions(name),
+            earlier_shards=self.known.shards(name, streams),
         )
         columns = ["number", "item", *(["time"] if self.recipe.store_times else [])]
         shards = []

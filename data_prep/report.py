@@ -15,13 +15,13 @@ class Report:
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, step: str, counts: dict[str, Any], **more: Any) -> None:
+    def add(self, step: str, counts: dict[str, Any], may_be_empty: bool = False, **more: Any) -> None:
         """Record a step.
 
         Raises:
-            UserError: it left no events; the line names the step and how many events came in.
+            UserError: it left no events and is not one that may; the line names the step and how many events came in.
         """
-        if not counts["events"]:
+        if not counts["events"] and not may_be_empty:
             before = next((row["events"] for row in reversed(self.rows)), 0)
             reason = f" ({more['note']})" if more.get("note") else ""
             raise UserError(f"no events left after the step '{step}': {before} came in{reason}")

@@ -45,8 +45,11 @@ def recbole_name(source: str) -> str:
     return source.rstrip("/").rsplit("/", 1)[-1]
 
 
-def event_files(recipe: Recipe) -> list[EventFile]:
+def event_files(recipe: Recipe, append: bool = False) -> list[EventFile]:
     """The input files in the order in which their events are numbered.
+
+    Args:
+        append: there may be training files only.
 
     Raises:
         UserError: a file is missing, a glob matches nothing, or a needed key is not given.
@@ -54,16 +57,17 @@ def event_files(recipe: Recipe) -> list[EventFile]:
     given = recipe.input
     if recipe.split.method != "files":
         return [EventFile(url, TRAIN) for url in expand(recipe.source, given.files) or _default_files(recipe)]
+    needed = ("train",) if append else ("train", "test")
     defaults: dict[str, list[str]] = {}
     if given.format == "recbole":
         stem = storage.join(recipe.source, recbole_name(recipe.source))
-        defaults = {part: [f"{stem}.{part}.inter"] for part in ("train", "test")}
-        if storage.exists(f"{stem}.valid.inter"):
-            defaults["valid"] = [f"{stem}.valid.inter"]
+        for part in ("train", "valid", "test"):
+            url = f"{stem}.{part}.inter"
+            defaults[part] = [url] if part in needed or storage.exists(url) else []
     files = []
     for number, part in enumerate(("train", "valid", "test")):
         urls = expand(recipe.source, getattr(given, f"{part}_files")) or defaults.get(part, [])
-        if not urls and part != "valid":
+        if not urls and part in needed:
             raise UserError(f"input.{part}_files must be given with split.method=files")
         files += [EventFile(url, number) for url in urls]
     _check_exist([file.url for file in files])

@@ -101,21 +101,33 @@ def without_short(events: ir.Table, shortest: int) -> ir.Table:
     return events.semi_join(lengths.filter(lengths.events >= shortest), "session")
 
 
-def without_rare(events: ir.Table, support: int) -> ir.Table:
-    """Training events of items with at least ``support`` of them; events of given valid and test files stay."""
+def without_rare(events: ir.Table, support: int, exempt: ir.Table | None) -> ir.Table:
+    """Training events of items with at least ``support`` of them; events of given valid and test files stay.
+
+    Args:
+        exempt: `item` (codes) of the items that stay however few events they have.
+    """
     training = events.filter(events.part == TRAIN)
     counts = training.group_by("item").agg(events=training.count())
-    frequent = counts.filter(counts.events >= support)
+    frequent = counts.filter(counts.events >= support).select("item")
+    if exempt is not None:
+        frequent = frequent.union(exempt)
     return training.semi_join(frequent, "item").union(events.filter(events.part != TRAIN))
 
 
-def k_core(engine: Engine, events: ir.Table, support: int, shortest: int) -> tuple[ir.Table, int]:
-    """Drop rare items and short sessions again and again until neither is left; also the number of rounds."""
+def k_core(
+    engine: Engine, events: ir.Table, support: int, shortest: int, exempt: ir.Table | None = None
+) -> tuple[ir.Table, int]:
+    """Drop rare items and short sessions again and again until neither is left; also the number of rounds.
+
+    Args:
+        exempt: as of `without_rare`.
+    """
     before = _count(engine, events)
     rounds = 0
     while True:
         rounds += 1
-        filtered = without_short(without_rare(events, support), shortest)
+        filtered = without_short(without_rare(events, support, exempt), shortest)
         kept = engine.keep(f"core_{rounds}", filtered)
         if rounds > 1:
             engine.drop(f"core_{rounds - 1}")

@@ -13,22 +13,36 @@ def _order(seed: int, token: ir.StringColumn) -> ir.StringColumn:
     return (ibis.literal(f"{seed}:") + token).hexdigest("md5")
 
 
-def catalog(engine: Engine, splits: dict[str, ir.Table], items: ir.Table, seed: int) -> ir.Table:
-    """Every item of any split: `item` (code), `token`, `id` from 1 on, `popularity` (its training events)."""
+def catalog(
+    engine: Engine, splits: dict[str, ir.Table], items: ir.Table, seed: int, known: ir.Table | None, known_items: int
+) -> ir.Table:
+    """Every item of any split: `item` (code), `token`, `id` from 1 on, `popularity` (its training events).
+
+    Args:
+        known: `token`, `id` and `popularity` of the ``known_items`` items that a data set has already. They keep their
+            ids, the others get those that follow; popularity is the sum. None: there is no data set yet.
+    """
     used = [events.select("item") for events in splits.values()]
     distinct = ibis.union(*used).distinct()
     named = distinct.join(items.select(token="item", item="code"), "item")
-    digests = named.mutate(digest=_order(seed, named.token))
+    fresh = named if known is None else named.anti_join(known, "token")
+    digests = fresh.mutate(digest=_order(seed, fresh.token))
     ranked = engine.ranked("ranked_items", digests, "rank", [digests.digest, digests.token])
-    numbered = ranked.mutate(id=ranked.rank + 1).drop("digest", "rank")
+    numbered = ranked.select("item", "token", id=ranked.rank + 1 + known_items, before=ibis.literal(0, "int64"))
+    if known is not None:
+        there = named.join(known, "token").rename(before="popularity")
+        numbered = numbered.union(there.select("item", "token", "id", "before"))
     train = splits["train"]
-    counts = train.group_by("item").agg(popularity=train.count())
+    counts = train.group_by("item").agg(added=train.count())
     joined = numbered.left_join(counts, "item")
-    return joined.select("item", "token", "id", popularity=joined.popularity.fill_null(0).cast("int64"))
+    popularity = joined.before + joined.added.fill_null(0).cast("int64")
+    return joined.select("item", "token", "id", popularity=popularity)
 
 
-def session_numbers(engine: Engine, split: str, events: ir.Table, sessions: ir.Table, seed: int) -> ir.Table:
-    """The split's sessions numbered from 0 in the order of md5 of `seed:key`; ties by key, then by first event.
+def session_numbers(
+    engine: Engine, split: str, events: ir.Table, sessions: ir.Table, seed: int, first: int = 0
+) -> ir.Table:
+    """The split's sessions numbered from ``first`` in the order of md5 of `seed:key`; ties by key, then by first event.
 
     Args:
         events: of the split called ``split``.
@@ -38,18 +52,19 @@ def session_numbers(engine: Engine, split: str, events: ir.Table, sessions: ir.T
     present = sessions.select("key", session="code").semi_join(first_events, "session")
     digests = present.mutate(digest=_order(seed, present.key))
     order = [digests.digest, digests.key, digests.session]
-    return engine.ranked(f"ranked_{split}", digests, "number", order).select("session", "number")
+    ranked = engine.ranked(f"ranked_{split}", digests, "rank", order)
+    return ranked.select("session", number=ranked.rank + first)
 
 
 def numbered_events(
-    events: ir.Table, numbers: ir.Table, catalog: ir.Table, streams: int, shard_sessions: int
+    events: ir.Table, numbers: ir.Table, catalog: ir.Table, streams: int, shard_sessions: int, first: int = 0
 ) -> ir.Table:
     """What the writer needs: each event's `number` (of its session), `place`, `time`, `item` (id), and where it goes.
 
-    Session n is number n // ``streams`` of stream n mod ``streams``; ``shard_sessions`` of them make a `shard`.
+    Session n is in stream n mod ``streams``; ``shard_sessions`` that follow each other there make a `shard`, counted
+    from session number ``first`` on.
     """
     joined = events.join(numbers, "session").join(catalog.select("item", "id"), "item")
     number = joined.number
-    return joined.select(
-        "number", "place", "time", item="id", stream=number % streams, shard=number // (streams * shard_sessions)
-    )
+    shard = (number - first) // (streams * shard_sessions)
+    return joined.select("number", "place", "time", item="id", stream=number % streams, shard=shard)

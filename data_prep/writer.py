@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,8 @@ def write_shards(
     shard_sessions: int,
     block_sessions: int,
     last_event_only: bool,
+    first_number: int = 0,
+    earlier_shards: Sequence[int] | None = None,
 ) -> Iterator[ShardInfo]:
     """Write shards of one split: all of them, or any whole ones.
 
@@ -59,10 +61,13 @@ def write_shards(
         batches: columns `number` (of the session), `item` and, to store it, `time`; sorted by stream, number and place.
         streams: that the split's sessions are dealt to.
         last_event_only: a session has one target, its last event; otherwise every event but its first is one.
+        first_number: of the sessions; those before it are in the data set already.
+        earlier_shards: how many shards of each stream are in the data set already; None: none.
     """
     pieces = _whole_sessions(batches)
     # Which shard a session is in follows from its number, so that shards can be written anywhere, in any order.
-    for (stream, ordinal), sessions in _shards(pieces, streams, shard_sessions):
+    for (stream, shard), sessions in _shards(pieces, streams, shard_sessions, first_number):
+        ordinal = shard + (earlier_shards[stream] if earlier_shards else 0)
         if split == "train":
             url, stream_number = f"train/s{stream:04d}-{ordinal:06d}.tar", stream
         else:
@@ -129,12 +134,15 @@ def _whole_units(times: np.ndarray | None) -> np.ndarray | None:
 
 
 def _shards(
-    pieces: Iterator[Sessions], streams: int, shard_sessions: int
+    pieces: Iterator[Sessions], streams: int, shard_sessions: int, first: int
 ) -> Iterator[tuple[tuple[int, int], Sessions]]:
-    """((stream, number of the shard in it), its sessions); only one shard's sessions are held at a time."""
+    """((stream, number of the shard in it), its sessions); only one shard's sessions are held at a time.
+
+    Shards are counted from session number ``first`` on.
+    """
     current, held = (-1, -1), []
     for piece in pieces:
-        of_stream, of_shard = piece.numbers % streams, piece.numbers // (streams * shard_sessions)
+        of_stream, of_shard = piece.numbers % streams, (piece.numbers - first) // (streams * shard_sessions)
         changes = np.flatnonzero((of_stream[1:] != of_stream[:-1]) | (of_shard[1:] != of_shard[:-1])) + 1
         for start, stop in itertools.pairwise([0, *changes.tolist(), len(piece)]):
             place = int(of_stream[start]), int(of_shard[start])

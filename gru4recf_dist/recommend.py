@@ -23,7 +23,7 @@ from gru4recf_dist import trained_run
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.batches import pack_histories
-from gru4recf_dist.data.shard_format import PADDING_ID, TOKENS, Block, Manifest
+from gru4recf_dist.data.shard_format import PADDING_ID, Block, Manifest, file_url
 from gru4recf_dist.errors import UserError, exits_cleanly
 from gru4recf_dist.evaluation.topk import top_k
 from gru4recf_dist.parallel import collectives
@@ -89,7 +89,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _read_tokens(config: Config, manifest: Manifest) -> list[str]:
     """The raw token of each item id; entry 0, the padding, is empty."""
-    url = storage.join(config.data, TOKENS)
+    url = file_url(config.data, manifest.tokens)
     # Copied to Arrow's own memory: its threads outlive the read a little, and one that lets go of a Python object while
     # Python ends aborts the process.
     content = pa.BufferOutputStream()

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 from gru4recf_dist import config as configuration
-from gru4recf_dist import recommender, warm_start
+from gru4recf_dist import recommender, trained_run, warm_start
 from gru4recf_dist.checkpoint import complete_steps
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import assignment, storage
-from gru4recf_dist.data.shard_format import MANIFEST, POPULARITY, file_url, read_manifest
+from gru4recf_dist.data.shard_format import MANIFEST, file_url
 from gru4recf_dist.errors import UserError, exits_cleanly
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.parallel.deepspeed_settings import deepspeed_settings
@@ -51,17 +51,17 @@ def check(config: Config) -> str:
     Raises:
         UserError: something does not fit.
     """
-    manifest = read_manifest(config.data)
+    newest = max(complete_steps(storage.join(config.run_dir, "checkpoints")), default=None)
+    manifest = trained_run.read_data(config, newest)
     assignment.check_sizes(manifest.streams, config.batch_size, world=1)
     specs = recommender.feature_specs(config.model, manifest)
     if config.engine.name == "deepspeed":
         deepspeed_settings(config, world=1)
-    is_resumed = bool(complete_steps(storage.join(config.run_dir, "checkpoints")))
-    check_run_folder(config, is_resumed)
-    if config.init_from is not None and not is_resumed:
+    check_run_folder(config, newest is not None)
+    if config.init_from is not None and newest is None:
         warm_start.find(config, manifest)
     features = [manifest.feature(spec.name) for spec in specs]
-    parts = [POPULARITY, *(part for feature in features for part in (feature.values, feature.indptr) if part)]
+    parts = [manifest.popularity, *(part for feature in features for part in (feature.values, feature.indptr) if part)]
     _check_presence(config.data, parts, "a part of the data set")
     for split, info in manifest.splits.items():
         _check_presence(config.data, [shard.url for shard in info.shards], f"the manifest lists this {split} shard")

@@ -6,7 +6,7 @@ import argparse
 
 from gru4recf_dist import config as configuration
 from gru4recf_dist import recommender, typed_yaml
-from gru4recf_dist.checkpoint import Checkpoints, best_step, complete_steps
+from gru4recf_dist.checkpoint import Checkpoints, best_step, complete_steps, read_commit
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.shard_format import Manifest, read_manifest
@@ -56,15 +56,30 @@ def chosen_step(run_dir: str, key: str = "--run") -> int:
     return steps[-1] if best is None else best
 
 
+def read_data(config: Config, step: int | None) -> Manifest:
+    """The data set in the state that the run's checkpoint of ``step`` was made with; without a step, as it is now.
+
+    A data set that was appended to keeps the manifests of its earlier states. Of a data set that did not grow from the
+    run's, the current state is given.
+
+    Raises:
+        UserError: as `read_manifest`.
+    """
+    if step is None:
+        return read_manifest(config.data)
+    state = read_commit(storage.join(config.run_dir, "checkpoints"), step)["state"]
+    return read_manifest(config.data, state["training_data"])
+
+
 def load_model(config: Config, ranks: Ranks) -> tuple[Recommender, Manifest]:
-    """The model of the run's `chosen_step`.
+    """The model of the run's `chosen_step`, and the data set as it was then.
 
     Raises:
         UserError: the run has no complete checkpoint, or its data set is gone.
     """
     # Rank 0 decides: what a shared file system shows to different machines may differ for a while.
     step = from_first(ranks, lambda: chosen_step(config.run_dir))
-    manifest = read_manifest(config.data)
+    manifest = from_first(ranks, lambda: read_data(config, step))
     model = recommender.build(config, manifest, ranks, training=False)
     Checkpoints(config.run_dir, ranks).load(step, None, model.encoder, model.table)
     return model, manifest

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gru4recf_dist import recommender, typed_yaml, warm_start
+from gru4recf_dist import recommender, trained_run, typed_yaml, warm_start
 from gru4recf_dist.checkpoint import Checkpoints, weight_settings
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.batches import PackedBatch, pack_micro_batches
-from gru4recf_dist.data.shard_format import read_manifest
 from gru4recf_dist.data.streams import SessionLoader
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.evaluation.baselines import evaluate_baselines
@@ -25,7 +24,7 @@ from gru4recf_dist.monitoring import Monitor
 from gru4recf_dist.objective import Objective
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel.engines import make_engine
-from gru4recf_dist.parallel.ranks import Ranks
+from gru4recf_dist.parallel.ranks import Ranks, from_first
 from gru4recf_dist.schedule import factor
 from gru4recf_dist.table.negatives import NegativeSampler, read_popularity
 from gru4recf_dist.training_step import StepResult, TrainingStep
@@ -73,7 +72,11 @@ class Trainer:
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
-        self.manifest = read_manifest(config.data)
+        self.checkpoints = Checkpoints(config.run_dir, ranks, config.checkpoint.keep_last)
+        newest = self.checkpoints.newest()
+        check_run_folder(config, newest is not None)
+        # Read once: between two ranks' reading, the data set could be appended to.
+        self.manifest = from_first(ranks, lambda: trained_run.read_data(config, newest))
         self.popularity = read_popularity(config.data, self.manifest)
         self.loader = SessionLoader(
             config.data, self.manifest, config.loader, config.batch_size, config.seed, ranks.rank, ranks.world
@@ -87,10 +90,9 @@ class Trainer:
         objective = Objective(config, self.table, sampler)
         self.step = TrainingStep(config, self.model, self.engine, objective, ranks)
         self.evaluator = Evaluator(config, self.manifest, self.popularity, ranks)
-        self.checkpoints = Checkpoints(config.run_dir, ranks, config.checkpoint.keep_last)
         self.progress = Progress()
         self._stop_requested = False
-        self._resume()
+        self._resume(newest)
         self.total_steps = total_steps(config, self.loader, self.progress.step)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
@@ -263,10 +265,8 @@ class Trainer:
                 "Try lower optimizer.lr and table.lr, or optimizer.clip"
             )
 
-    def _resume(self) -> None:
+    def _resume(self, newest: int | None) -> None:
         """Go on from the run folder's newest complete checkpoint; if there is none, start from ``init_from``."""
-        newest = self.checkpoints.newest()
-        check_run_folder(self.config, newest is not None)
         if newest is not None:
             state = self.checkpoints.load(newest, self.engine, self.model.encoder, self.table)
             if state["training_data"] != self.manifest.training_digest:

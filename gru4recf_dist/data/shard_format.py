@@ -5,6 +5,9 @@
     DATA/items/tokens.parquet     columns `id` (int32, 1..N, ascending) and `token` (string)
     DATA/items/popularity.npy     int64 [N+1], training events of each item; 0 for padding
     DATA/items/features/*.npy     one column a feature (`Feature`)
+    DATA/manifests/DIGEST.json    the manifests of states that the data set was appended to (`Manifest.ancestors`)
+
+Where the files in `items` lie the manifest says: an append writes them anew beside the old ones.
 
 A shard is a plain WebDataset tar. One sample is one *block* of up to `MAX_BLOCK_SESSIONS` sessions, stored as
 columns: `KEY.items.npy` (int32, all events of the block, flat), `KEY.lengths.npy` (int32, events of each session),
@@ -32,6 +35,7 @@ from gru4recf_dist.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+KEPT_MANIFESTS = "manifests"
 TOKENS = "items/tokens.parquet"
 POPULARITY = "items/popularity.npy"
 SPLITS = ("train", "valid", "test")
@@ -114,6 +118,7 @@ class Feature(_Strict):
     ``size``: rows of the embedding table for tokens (padding and unknown included), 1 for float, the dimension of a
     vector. ``longest``: the most values that one item has (token_seq), else 1.
     ``vocabulary``: for tokens, a Parquet file with columns `id` (int32) and `token` (string).
+    ``mean``, ``deviation``: what was subtracted from a standardized float, and what it was then divided by.
     """
 
     name: str
@@ -123,6 +128,26 @@ class Feature(_Strict):
     values: str
     indptr: str | None = None
     vocabulary: str | None = None
+    mean: float | None = None
+    deviation: float | None = None
+
+
+class InputFile(_Strict):
+    """An event file that the data set was made from, known by its content.
+
+    ``sha256``: of the file's first and last MiB (of all of it, if it is no longer than these).
+    """
+
+    name: str
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class Append(_Strict):
+    """An append to the data set: its recipe, and what each of its steps left."""
+
+    recipe: dict
+    report: list[dict]
 
 
 class Manifest(_Strict):
@@ -133,6 +158,9 @@ class Manifest(_Strict):
     ``streams``: S, the number of canonical training streams, a power of two.
     ``ancestors``: the `training_digest` of every earlier state that this data set was appended to, oldest first. Item
     ids and feature values that they had mean the same here.
+    ``tokens``, ``popularity``: the files in `items`, relative to the manifest's folder.
+    ``recipe``, ``report``: of the first preparation; ``appends``: of those that followed, oldest first. ``inputs``: the
+    event files of all of them.
     """
 
     format: int = FORMAT_VERSION
@@ -144,8 +172,12 @@ class Manifest(_Strict):
     splits: dict[Literal["train", "valid", "test"], SplitInfo]
     features: list[Feature] = []
     ancestors: list[str] = []
+    tokens: str = TOKENS
+    popularity: str = POPULARITY
+    inputs: list[InputFile] = []
     report: list[dict] = []
     recipe: dict = {}
+    appends: list[Append] = []
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Manifest:
@@ -166,7 +198,8 @@ class Manifest(_Strict):
         """Every file that the manifest names, as it names it."""
         shards = [shard.url for split in self.splits.values() for shard in split.shards]
         parts = [(feature.values, feature.indptr, feature.vocabulary) for feature in self.features]
-        return shards + [name for names in parts for name in names if name is not None]
+        named = [name for names in parts for name in names if name is not None]
+        return [*shards, self.tokens, self.popularity, *named]
 
     @property
     def training_digest(self) -> str:
@@ -183,14 +216,33 @@ class Manifest(_Strict):
         raise UserError(f"model.features: the data set has no feature '{name}' (it has: {known})")
 
 
-def read_manifest(data: str) -> Manifest:
+def read_manifest(data: str, training_digest: str | None = None) -> Manifest:
     """Read and validate ``DATA/manifest.json``.
+
+    Args:
+        training_digest: of an earlier state of the data set, to read what was its manifest. Where no such state was
+            appended to, it is the current one that is read.
 
     Raises:
         UserError: it is missing, damaged, of another format version, or names files that do not lie in ``data``
-            while `storage.allow_outside` is off.
+            while `storage.allow_outside` is off. Or the earlier state's manifest has been removed.
     """
-    url = storage.join(data, MANIFEST)
+    current = _read_manifest(data, MANIFEST)
+    if training_digest not in current.ancestors:
+        return current
+    name = kept_manifest(training_digest)
+    if not storage.exists(storage.join(data, name)):
+        raise UserError(f"data: {data} has been appended to since, and {name}, its manifest of then, is gone")
+    return _read_manifest(data, name)
+
+
+def kept_manifest(training_digest: str) -> str:
+    """Where the manifest of an earlier state of a data set lies, relative to the current one's folder."""
+    return f"{KEPT_MANIFESTS}/{training_digest}.json"
+
+
+def _read_manifest(data: str, name: str) -> Manifest:
+    url = storage.join(data, name)
     content = storage.read_json(url)
     version = content.get("format") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
@@ -201,8 +253,8 @@ def read_manifest(data: str) -> Manifest:
         first = error.errors()[0]
         place = "".join(f"{part}." for part in first["loc"]).rstrip(".") or "manifest"
         raise UserError(f"{url}: {place}: {first['msg'].removeprefix('Value error, ')}") from error
-    for name in manifest.files:
-        file_url(data, name)
+    for file in manifest.files:
+        file_url(data, file)
     return manifest
 
 

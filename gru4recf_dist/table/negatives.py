@@ -8,7 +8,7 @@ import numpy as np
 
 from gru4recf_dist.config import LossConfig
 from gru4recf_dist.data import storage
-from gru4recf_dist.data.shard_format import POPULARITY, Manifest
+from gru4recf_dist.data.shard_format import Manifest, file_url
 from gru4recf_dist.errors import UserError
 
 # Keeps the sampler's generator apart from others that are seeded by the run's seed and a step.
@@ -94,7 +94,7 @@ def read_popularity(data: str, manifest: Manifest) -> np.ndarray:
     Raises:
         UserError: the file is missing or does not fit the manifest.
     """
-    url = storage.join(data, POPULARITY)
+    url = file_url(data, manifest.popularity)
     popularity = storage.read_npy_rows(url)
     if popularity.dtype != np.int64 or popularity.shape != (manifest.items + 1,):
         raise UserError(f"{url}: must be int64 with {manifest.items + 1} rows")

@@ -30,10 +30,10 @@ class Prepared:
     def __init__(self, folder: str) -> None:
         self.folder = str(folder).rstrip("/")
         self.manifest = json.loads(self.bytes("manifest.json"))
-        table = pq.read_table(io.BytesIO(self.bytes("items/tokens.parquet")))
+        table = pq.read_table(io.BytesIO(self.bytes(self.manifest["tokens"])))
         self.ids = dict(zip(table["token"].to_pylist(), table["id"].to_pylist(), strict=True))
         self.tokens = {number: token for token, number in self.ids.items()}
-        self.popularity = self.npy("items/popularity.npy")
+        self.popularity = self.npy(self.manifest["popularity"])
 
     def bytes(self, name: str) -> bytes:
         with fsspec.open(f"{self.folder}/{name}", "rb") as stream:

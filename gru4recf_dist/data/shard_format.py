@@ -42,6 +42,9 @@ MAX_SHARD_BYTES = 4 << 30
 PADDING_ID = 0
 UNKNOWN_VALUE_ID = 1  # of a feature's vocabulary: values that no training item has
 
+# Of what a manifest holds in place of something else, in a message.
+_LONGEST_SHOWN = 200
+
 # Fixed so that the same sessions give the same bytes on every machine and day.
 _TAR_MODE = 0o644
 
@@ -153,12 +156,16 @@ class Manifest(_Strict):
             if name not in self.splits:
                 raise ValueError(f"split '{name}' is missing (one may be empty)")
             split = self.splits[name]
+            for shard in split.shards:
+                # A number and a length for each session, an id for each event: as many as the file has room for.
+                if 12 * shard.sessions + 4 * shard.events > shard.bytes or shard.targets > shard.events:
+                    raise ValueError(f"{shard.url!r}: {shard.bytes} bytes cannot hold what it should")
             for count in ("sessions", "events", "targets"):
                 if getattr(split, count) != sum(getattr(shard, count) for shard in split.shards):
                     raise ValueError(f"splits.{name}.{count} is not the sum over its shards")
         for shard in self.splits["train"].shards:
             if shard.stream >= self.streams:
-                raise ValueError(f"{shard.url}: stream {shard.stream} of {self.streams}")
+                raise ValueError(f"{shard.url!r}: stream {shard.stream} of {self.streams}")
         return self
 
     @property
@@ -194,13 +201,16 @@ def read_manifest(data: str) -> Manifest:
     content = storage.read_json(url)
     version = content.get("format") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
-        raise UserError(f"{url}: format {version!r}, this program reads format {FORMAT_VERSION}")
+        shown = repr(version)[:_LONGEST_SHOWN]
+        raise UserError(f"{url}: format {shown}, this program reads format {FORMAT_VERSION}")
     try:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = "".join(f"{part}." for part in first["loc"]).rstrip(".") or "manifest"
-        raise UserError(f"{url}: {place}: {first['msg'].removeprefix('Value error, ')}") from error
+        place = ".".join(str(part) for part in first["loc"]) or "manifest"
+        # A key that nobody knows may hold anything, line ends too.
+        text = f"{place}: {first['msg'].removeprefix('Value error, ')}".encode("unicode_escape").decode("ascii")
+        raise UserError(f"{url}: {text[:_LONGEST_SHOWN]}") from error
     for name in manifest.files:
         file_url(data, name)
     return manifest
@@ -216,16 +226,18 @@ def file_url(data: str, name: str) -> str:
         return storage.join(data, name)
     if not filesystems.settings().allow_outside:
         raise UserError(
-            f"{storage.join(data, MANIFEST)}: names '{name}', which is not a file of this data set "
+            f"{storage.join(data, MANIFEST)}: names {name[:_LONGEST_SHOWN]!r}, which is not a file of this data set "
             "(storage.allow_outside permits it)"
         )
-    return name
+    # Relative ones to the data set, as the others are.
+    is_complete = name.startswith("/") or not filesystems.is_local(name)
+    return name if is_complete else storage.join(data, name)
 
 
 def _lies_inside(name: str) -> bool:
     """Whether a name of the manifest is a plain relative path; a file system may read a backslash as a slash."""
     parts = name.replace("\\", "/").split("/")
-    return not any(part in ("", ".", "..") or ":" in part or "\0" in part for part in parts)
+    return name.isprintable() and not any(part in ("", ".", "..") or ":" in part for part in parts)
 
 
 def write_manifest(data: str, manifest: Manifest) -> None:
@@ -286,7 +298,7 @@ def check_member(name: str, source: str) -> None:
         DamagedFile: it is not ``KEY.COLUMN.npy``.
     """
     key, _, member = name.partition(".")
-    if not key or "/" in key or member not in _KNOWN_MEMBERS:
+    if not key or "/" in key or not key.isprintable() or member not in _KNOWN_MEMBERS:
         raise DamagedFile(f"{source}: unknown member {name!r}")
 
 

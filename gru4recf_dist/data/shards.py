@@ -99,7 +99,9 @@ class Shard:
         except UserError:
             raise
         except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError) as error:
-            raise DamagedFile(f"{self.url}: cannot be read ({type(error).__name__}: {storage.first_line(error)})") from error
+            raise DamagedFile(
+                f"{self.url}: cannot be read ({type(error).__name__}: {storage.first_line(error)})"
+            ) from error
         if (sessions, events) != (self.info.sessions, self.info.events):
             raise DamagedFile(
                 f"{self.url}: holds {sessions} sessions and {events} events, "

@@ -72,6 +72,8 @@ class RangedReader(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer) -> int:
+        if self.closed:
+            raise ValueError(f"{self._url}: reading from a closed file")
         if self._position >= self._size:
             return 0
         number, offset = divmod(self._position, self._range_bytes)

@@ -1,8 +1,8 @@
 """Reading shards with WebDataset's pipeline, from any fsspec URL.
 
 WebDataset opens `s3://` and the like only through `pipe:` commands, decodes pickles by default, and unpacks what is
-compressed or sparse, however large it becomes. All that is left out: files are opened by fsspec, a tar is read header by
-header, members are parsed as plain arrays, and what was read is checked against the manifest.
+compressed or sparse, however large it becomes. All that is left out: files are opened by fsspec, a tar is read header
+by header, members are parsed as plain arrays, and what was read is checked against the manifest.
 """
 
 from __future__ import annotations

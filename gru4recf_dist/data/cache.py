@@ -104,13 +104,15 @@ class FileCache:
                     held += whole[-1][1]
                 elif path.suffix == ".part" and path != besides and not self._is_abandoned(path):
                     held += path.stat().st_size
+        if held - sum(size for _, size, _ in whole) > self._bound:
+            return False
         for _, size, path in sorted(whole):
             if held <= self._bound:
                 break
             # Whoever is reading it has it open, and reads on.
             path.unlink(missing_ok=True)
             held -= size
-        return held <= self._bound
+        return True
 
     def _is_abandoned(self, part: Path) -> bool:
         """Remove the part of a process that was killed; False if its writer lives."""

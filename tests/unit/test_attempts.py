@@ -171,7 +171,7 @@ def test_a_stalled_server_is_given_up():
     with serving() as server:
         server.files["x"] = b"content"
         server.fault = lambda name, earlier: "stall"
-        with pytest.raises(UserError, match="/x: .*Timeout"):
+        with pytest.raises(UserError, match=r"/x: .*Timeout"):
             storage.read_bytes(f"{server.url}/x")
 
 
@@ -179,6 +179,6 @@ def test_a_refusing_server_is_not_asked_again():
     with serving() as server:
         server.files["x"] = b"content"
         server.fault = lambda name, earlier: "403"
-        with pytest.raises(UserError, match="/x: .*403"):
+        with pytest.raises(UserError, match=r"/x: .*403"):
             storage.read_bytes(f"{server.url}/x")
         assert server.count("x") == 1

@@ -121,11 +121,17 @@ class Feature(_Strict):
 
     name: str
     kind: Literal["token", "token_seq", "float", "vector"]
-    size: int
-    longest: int = 1
+    size: int = Field(ge=1, lt=1 << 31)
+    longest: int = Field(1, ge=0, lt=1 << 31)
     values: str
     indptr: str | None = None
     vocabulary: str | None = None
+
+    @model_validator(mode="after")
+    def _has_bounds(self) -> Feature:
+        if self.kind == "token_seq" and self.indptr is None:
+            raise ValueError("a feature of kind token_seq needs indptr")
+        return self
 
 
 class Manifest(_Strict):
@@ -230,7 +236,7 @@ def file_url(data: str, name: str) -> str:
             "(storage.allow_outside permits it)"
         )
     # Relative ones to the data set, as the others are.
-    is_complete = name.startswith("/") or not filesystems.is_local(name)
+    is_complete = name.startswith("/") or ":" in name.partition("/")[0]
     return name if is_complete else storage.join(data, name)
 
 

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import tokenize
@@ -31,6 +32,8 @@ from gru4recf_dist.errors import UserError
 READ_BYTES = 1 << 18
 LARGEST_SINGLE_UPLOAD = 64 << 20
 UPLOAD_PART_BYTES = 16 << 20
+# numpy and others quote all that they do not understand.
+LONGEST_REASON = 300
 # numpy takes 10000 characters at most, but reads as many as the file claims before it counts them.
 NPY_HEADER_BYTES = 1 << 16
 # A disk that can take no more, whoever writes.
@@ -53,8 +56,9 @@ NPY_HEADER_ERRORS = (
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception's text: a `UserError` is one line."""
-    return (str(error.args[0]) if error.args else type(error).__name__).split("\n")[0]
+    """The first line of an exception's text, without Python objects: a `UserError` is one readable line."""
+    text = (str(error.args[0]) if error.args else type(error).__name__).split("\n")[0]
+    return re.sub(r": <\S+ object at 0x\w+>", "", text)[:LONGEST_REASON]
 
 
 def local_path(url: str) -> str:

@@ -228,24 +228,7 @@ def test_anything_as_a_tar(content, claimed):
 # .npy
 
 KEYS = ("descr", "fortran_order", "shape")
-FLAT = [
-    "<i4",
-    "<i8",
-    ">i4",
-    "<f4",
-    "|b1",
-    "|O",
-    "O",
-    "|V8",
-    "|V0",
-    "|V2147483647",
-    "<U9",
-    "<M8[ns]",
-    "|S0",
-    "i",
-    "<f16",
-    "<c16",
-]
+FLAT = ["<i4", "<i8", ">i4", "<f4", "|b1", "|O", "|V8", "|V0", "|V2147483647", "<U9", "<M8[ns]", "|S0", "<f16", "<c16"]
 NESTED = ["", [("a", "<i4")], [("a", "O")], ("<i4", (2,)), ("<i4", (2147483647,)), [("a", "<i4", (9999999,))], None, 5]
 DTYPES = st.sampled_from(FLAT + NESTED)
 SIZES = st.integers(-5, 30) | st.sampled_from([1 << 31, 1 << 62, 1 << 63, 10**30, -(1 << 63), True])

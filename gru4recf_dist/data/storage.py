@@ -323,7 +323,11 @@ def read_npy_rows(url: str, start: int = 0, stop: int | None = None) -> np.ndarr
         content = stream.read((stop - start) * row_bytes)
     if len(content) != (stop - start) * row_bytes:
         raise UserError(f"{url}: truncated while it was read")
-    return np.frombuffer(content, dtype=dtype).reshape(stop - start, *row_shape).copy()
+    try:
+        return np.frombuffer(content, dtype=dtype).reshape(stop - start, *row_shape).copy()
+    except ValueError as error:
+        # No rows, or rows of one byte, may claim any number of dimensions of any size.
+        raise UserError(f"{url}: no array can have its shape ({first_line(error)})") from error
 
 
 def _read_header(url: str, stream: IO[bytes]) -> tuple[np.dtype, tuple[int, ...]]:

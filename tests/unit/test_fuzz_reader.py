@@ -276,12 +276,19 @@ def _npy(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
+def _header(shape: str) -> bytes:
+    text = f"{{'descr': '<i4', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY\x01\0" + struct.pack("<H", len(text)) + text
+
+
 PLAIN = _npy(np.arange(1, 21, dtype=np.int32))
 ROWS = st.tuples(st.integers(0, 30), st.none() | st.integers(0, 30) | st.just(1 << 62))
 
 
 @fuzz(1000)
 @example(content=PLAIN, rows=(3, 5))
+@example(content=_header("(0, 4611686018427387904)"), rows=(0, None))
+@example(content=_header("(1, " + "1, " * 70 + ")") + b"1234", rows=(0, None))
 @given(content=crafted_npy() | edits(PLAIN, st.integers(0, len(PLAIN) - 1)), rows=ROWS)
 def test_npy_file(content, rows):
     url = put("x.npy", content)
@@ -426,11 +433,9 @@ for shard in manifest.splits["train"].shards:
 
 def test_files_that_claim_gigabytes_fit_into_64_mib(tmp_path):
     """On a local disk, where Python would reserve memory for all that a read asks for."""
-    header = "{{'descr': '<i4', 'fortran_order': False, 'shape': ({},), }}".format
-    npys = {f"{count}.npy": header(count) for count in (1 << 25, 1 << 33, 1 << 38)}
-    for name, text in npys.items():
-        content = text.encode().ljust(117) + b"\n"
-        (tmp_path / name).write_bytes(b"\x93NUMPY\x01\0" + struct.pack("<H", len(content)) + content + bytes(80))
+    npys = {f"{count}.npy": _header(f"({count},)") for count in (1 << 25, 1 << 33, 1 << 38)}
+    for name, content in npys.items():
+        (tmp_path / name).write_bytes(content + bytes(80))
     (tmp_path / "header.npy").write_bytes(b"\x93NUMPY\x02\0" + struct.pack("<I", (1 << 32) - 1) + b"{" * 1000)
     shards = {
         "size.tar": _tar(tarfile.USTAR_FORMAT, size=3 << 30),

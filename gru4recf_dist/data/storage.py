@@ -36,6 +36,7 @@ UPLOAD_PART_BYTES = 16 << 20
 LONGEST_REASON = 300
 # numpy takes 10000 characters at most, but reads as many as the file claims before it counts them.
 NPY_HEADER_BYTES = 1 << 16
+_NPY_VERSIONS = {(1, 0), (2, 0), (3, 0)}
 # A disk that can take no more, whoever writes.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
@@ -334,12 +335,16 @@ def _read_header(url: str, stream: IO[bytes]) -> tuple[np.dtype, tuple[int, ...]
     """Type and shape of the `.npy` file at whose start ``stream`` is, which is left at the first row."""
     try:
         header = _Header(stream)
-        major, _ = npy_format.read_magic(header)
-        read_header = npy_format.read_array_header_1_0 if major == 1 else npy_format.read_array_header_2_0
+        version = npy_format.read_magic(header)
+        if version not in _NPY_VERSIONS:
+            raise ValueError(f"version {version[0]}.{version[1]}")
+        read_header = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
         shape, fortran_order, dtype = read_header(header)
     except NPY_HEADER_ERRORS as error:
         raise UserError(f"{url}: not a .npy file ({first_line(error)})") from error
-    if dtype.kind not in "biufc" or fortran_order or not shape or min(shape) < 0 or 0 in shape[1:]:
+    # Python counts True as 1, numpy does not.
+    is_countable = shape and all(type(size) is int and size >= 0 for size in shape) and 0 not in shape[1:]
+    if dtype.kind not in "biufc" or fortran_order or not is_countable:
         raise UserError(f"{url}: must be a plain C-ordered array of numbers, not {dtype.kind!r} of shape {shape}")
     return dtype, shape
 

@@ -288,6 +288,8 @@ ROWS = st.tuples(st.integers(0, 30), st.none() | st.integers(0, 30) | st.just(1 
 @fuzz(1000)
 @example(content=PLAIN, rows=(3, 5))
 @example(content=_header("(0, 4611686018427387904)"), rows=(0, None))
+@example(content=_header("(0, True)"), rows=(0, None))
+@example(content=_header("(0,)").replace(b"\x01\0", b"\x01\x01", 1), rows=(0, None))
 @example(content=_header("(1, " + "1, " * 70 + ")") + b"1234", rows=(0, None))
 @given(content=crafted_npy() | edits(PLAIN, st.integers(0, len(PLAIN) - 1)), rows=ROWS)
 def test_npy_file(content, rows):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from data_prep.writer import write_split
+from data_prep import writer
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.columns import concatenate
 from gru4recf_dist.data.shard_format import (
@@ -27,15 +27,16 @@ def write_repeated(source: str, data: str, events: int) -> Manifest:
     """Write the data set at ``source`` to ``data``, its training sessions repeated to at least ``events`` events."""
     manifest = read_manifest(source)
     train = manifest.splits["train"]
-    repeated_train = write_split(
-        data,
-        "train",
+    shards = writer.write_shards(
         _events(source, manifest, max(1, -(-events // train.events))),
+        data=data,
+        split="train",
+        streams=manifest.streams,
         shard_sessions=SHARD_SESSIONS,
         block_sessions=MAX_BLOCK_SESSIONS,
         last_event_only=False,
     )
-    splits = {**manifest.splits, "train": repeated_train}
+    splits = {**manifest.splits, "train": writer.split_info(list(shards))}
     files = [shard.url for name in ("valid", "test") for shard in manifest.splits[name].shards]
     for feature in manifest.features:
         files += filter(None, [feature.values, feature.indptr, feature.vocabulary])
@@ -52,7 +53,8 @@ def _events(source: str, manifest: Manifest, times: int) -> Iterator[pa.RecordBa
     for stream in range(manifest.streams):
         infos = [shard for shard in train.shards if shard.stream == stream]
         sessions = concatenate([block for info in infos for block in read_blocks(source, info, manifest.items)])
-        numbers = np.repeat(sessions.sessions, sessions.lengths)
+        count = len(sessions.lengths)
         for copy in range(times):
-            columns = [np.full(len(numbers), stream), numbers + copy * train.sessions, sessions.items]
-            yield pa.record_batch([pa.array(column) for column in columns], ["stream", "number", "item"])
+            # A number tells the stream, too: that of its remainder.
+            numbers = stream + manifest.streams * np.arange(copy * count, (copy + 1) * count)
+            yield pa.record_batch({"number": np.repeat(numbers, sessions.lengths), "item": sessions.items})

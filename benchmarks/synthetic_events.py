@@ -40,17 +40,11 @@ def write_dataset(data: str, events: int) -> Manifest:
     chunks = list(sessions(events))
     items, lengths = (np.concatenate([chunk[i] for chunk in chunks]) for i in (0, 1))
     streams = writer.choose_streams(len(lengths))
-    session_streams = np.sort(np.arange(len(lengths)) % streams)
-    arriving = pa.record_batch(
-        {
-            "stream": np.repeat(session_streams, lengths),
-            "number": np.repeat(np.arange(len(lengths)), lengths),
-            "item": items,
-        }
-    )
-    train = writer.write_split(
-        data, "train", iter([arriving]), shard_sessions=65536, block_sessions=1024, last_event_only=False
-    )
+    numbers = np.arange(len(lengths))
+    by_stream = numbers[np.argsort(numbers % streams, kind="stable")]
+    arriving = pa.record_batch({"number": np.repeat(by_stream, lengths), "item": items})
+    settings = {"streams": streams, "shard_sessions": 65536, "block_sessions": 1024, "last_event_only": False}
+    train = writer.split_info(list(writer.write_shards(iter([arriving]), data=data, split="train", **settings)))
     empty = SplitInfo(sessions=0, events=0, targets=0, shards=[])
     splits = {"train": train, "valid": empty, "test": empty}
     manifest = Manifest(

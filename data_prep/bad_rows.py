@@ -10,9 +10,14 @@ QUARANTINE = "quarantine.jsonl"
 
 
 class BadRows:
-    """The lines that a reader could not turn into rows at all (those it could are judged by the engine)."""
+    """The lines that a reader could not turn into rows at all (those it could are judged by the engine).
+
+    Attributes:
+        left_out: how many good rows the recipe does not ask for; no record is kept of these.
+    """
 
     def __init__(self) -> None:
+        self.left_out = 0
         self._records: list[dict[str, Any]] = []
 
     def __len__(self) -> int:

@@ -143,5 +143,12 @@ def _floats(values: pa.Array) -> list[list[str] | None]:
     return rows
 
 
+def in_arrow_memory(content: bytes) -> pa.BufferReader:
+    """A copy for Arrow to read: its threads may hold on to it while Python ends, which no object of Python's bears."""
+    copy = pa.BufferOutputStream()
+    copy.write(content)
+    return pa.BufferReader(copy.getvalue())
+
+
 def first_sentence(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__

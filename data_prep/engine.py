@@ -3,27 +3,50 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
-from collections.abc import Iterator
-from typing import Protocol
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
-import duckdb
-import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 
-from gru4recf_dist.errors import UserError
+from data_prep.bad_rows import BadRows
+from data_prep.recipe import Recipe
 
-# Rows of a batch that leaves the engine: large enough for numpy to be fast, small enough to be nothing in memory.
+# Rows of a batch that leaves an engine: large enough for numpy to be fast, small enough to be nothing in memory.
 BATCH_ROWS = 1 << 18
+# The unit of times that are dates is one microsecond; this many are a second.
+MICROSECONDS = 1_000_000
+
+# Reads one file, by its number: its rows. Lines that are no rows go to the collection, with the number left out.
+FileReader = Callable[[int, BadRows], Iterator[pa.Table]]
+# Takes sorted rows and gives texts, such as descriptions of what it wrote.
+SortedTask = Callable[[Iterator[pa.RecordBatch]], Iterator[str]]
+
+
+class Unread(Protocol):
+    """The records of bad rows, wherever they are kept, and how many rows a recipe leaves out."""
+
+    @property
+    def left_out(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
 
 
 class Engine(Protocol):
     """What the steps need of an engine; one class per engine, the expressions are shared."""
 
     def stage(self, name: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch | pa.Table]) -> ir.Table:
-        """Load Arrow batches into a table of the engine."""
+        """Load Arrow batches of this process into a table of the engine."""
+
+    def stage_files(self, name: str, schema: pa.Schema, files: int, read: FileReader) -> tuple[ir.Table, Unread]:
+        """Load ``read(0)`` to ``read(files - 1)``, wherever the engine works.
+
+        Returns:
+            The rows of all files; the bad rows in the order of files and lines, and the number left out.
+        """
 
     def keep(self, name: str, expression: ir.Table) -> ir.Table:
         """Run an expression and keep its rows under ``name``, so that later steps do not run it again."""
@@ -31,92 +54,60 @@ class Engine(Protocol):
     def drop(self, name: str) -> None:
         """Forget a kept or staged table."""
 
+    def ranked(self, name: str, table: ir.Table, column: str, order_by: Sequence[ir.Value]) -> ir.Table:
+        """``table`` with the place of each row, from 0, in one order of all rows, as ``column`` (int64).
+
+        Args:
+            name: of a table that the engine may keep for it.
+            order_by: no two rows may agree in all of these.
+        """
+
     def row(self, expression: ir.Table) -> dict:
         """The only row of an expression, by column name."""
 
     def batches(self, expression: ir.Table) -> Iterator[pa.RecordBatch]:
-        """The rows of an expression, in its order, streamed."""
+        """The rows of an expression, in its order, streamed to this process."""
+
+    def run_sorted(
+        self, table: ir.Table, columns: Sequence[str], together: Sequence[str], order: Sequence[str], task: SortedTask
+    ) -> Iterator[str]:
+        """Hand ``columns`` of the rows to ``task``, wherever the engine works, and give what it yields in no order.
+
+        Args:
+            together: rows that agree in these come to the same call. The order must not tear them apart.
+            order: columns that rows of one call are sorted by.
+            task: can be pickled and, since the engine may repeat a call that failed, does the same thing again.
+        """
+
+    def number(self, text: ir.StringValue) -> ir.FloatingValue:
+        """Text as float64; null where it is no number."""
+
+    def microseconds(self, text: ir.StringValue) -> ir.IntegerValue:
+        """A date as text (UTC where it names no offset) in microseconds since 1970; null where it is no date."""
 
 
-class DuckDBEngine:
-    """DuckDB within this process; tables larger than its memory limit spill to a temporary folder.
-
-    Args:
-        threads: of the engine; None: one a core.
-        memory_limit_gib: None: DuckDB's default (80 % of the machine).
-        temporary_folder: where a spill folder is made, and removed at the end.
-    """
-
-    def __init__(
-        self,
-        threads: int | None = None,
-        memory_limit_gib: float | None = None,
-        temporary_folder: str | None = None,
-    ) -> None:
-        try:
-            self._spill = tempfile.mkdtemp(prefix="data_prep-", dir=temporary_folder)
-        except OSError as error:
-            raise UserError(f"temporary_folder: {temporary_folder}: {error.strerror}") from error
-        settings: dict[str, object] = {"temp_directory": self._spill, "preserve_insertion_order": False}
-        if threads is not None:
-            settings["threads"] = threads
-        if memory_limit_gib is not None:
-            settings["memory_limit"] = f"{int(memory_limit_gib * 1024)}MiB"
-        self._ibis = ibis.duckdb.connect(**settings)
-        # Dates without an offset are UTC on every machine.
-        self._ibis.raw_sql("SET TimeZone = 'UTC'")
-
-    def close(self) -> None:
-        self._ibis.disconnect()
-        shutil.rmtree(self._spill, ignore_errors=True)
-
-    def stage(self, name: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch | pa.Table]) -> ir.Table:
-        self._ibis.create_table(name, schema=ibis.Schema.from_pyarrow(schema), temp=True, overwrite=True)
-        connection = self._ibis.con
-        for batch in batches:
-            table = pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch
-            # Inserted one by one, not through a RecordBatchReader: an error of the reader stays itself that way.
-            connection.register("arriving", table.cast(schema))
-            with self._explained():
-                connection.execute(f'INSERT INTO "{name}" SELECT * FROM arriving')
-            connection.unregister("arriving")
-        return self._ibis.table(name)
-
-    def keep(self, name: str, expression: ir.Table) -> ir.Table:
-        with self._explained():
-            return self._ibis.create_table(name, expression, temp=True)
-
-    def drop(self, name: str) -> None:
-        self._ibis.drop_table(name, force=True)
-
-    def row(self, expression: ir.Table) -> dict:
-        with self._explained():
-            (row,) = self._ibis.to_pyarrow(expression).to_pylist()
-        return row
-
-    def batches(self, expression: ir.Table) -> Iterator[pa.RecordBatch]:
-        with self._explained():
-            yield from self._ibis.to_pyarrow_batches(expression, chunk_size=BATCH_ROWS)
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """The machine's limits are the user's to change: say which key does it."""
-        try:
-            yield
-        except duckdb.OutOfMemoryException as error:
-            first_line = str(error).splitlines()[0]
-            raise UserError(f"memory_limit_gib: too little for this data ({first_line})") from error
-        except duckdb.IOException as error:
-            raise UserError(f"temporary_folder: {str(error).splitlines()[0]}") from error
+def finite(number: ir.FloatingValue) -> ir.BooleanValue:
+    """Whether a number is neither infinite nor NaN; null stays null."""
+    # All engines hold NaN to be more than any number. (ibis' own `isinf` is always false on Spark.)
+    return number.abs() <= sys.float_info.max
 
 
 @contextlib.contextmanager
-def open_engine(
-    name: str, threads: int | None, memory_limit_gib: float | None, temporary_folder: str | None
-) -> Iterator[Engine]:
-    """The engine called ``name``, closed at the end of the block."""
-    engines = {"duckdb": DuckDBEngine}
-    engine = engines[name](threads, memory_limit_gib, temporary_folder)
+def open_engine(recipe: Recipe) -> Iterator[Engine]:
+    """The engine of a recipe, closed at the end of the block.
+
+    Raises:
+        UserError: it cannot be started; the line names the key.
+    """
+    # Imported here: an engine's packages are not needed where the other one runs.
+    if recipe.engine == "spark":
+        from data_prep.spark_engine import SparkEngine
+
+        engine = SparkEngine(recipe.spark, recipe.temporary_folder)
+    else:
+        from data_prep.duckdb_engine import DuckDBEngine
+
+        engine = DuckDBEngine(recipe.threads, recipe.memory_limit_gib, recipe.temporary_folder)
     try:
         yield engine
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import ibis
@@ -14,7 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep import readers
-from data_prep.engine import Engine
+from data_prep.columns import in_arrow_memory
+from data_prep.engine import Engine, finite
 from data_prep.item_tables import item_tables
 from data_prep.recipe import FeatureRecipe, Recipe
 from data_prep.sources import resolve
@@ -114,7 +114,7 @@ def _row_names(url: str, item_column: str) -> pa.Array:
     if not url.endswith(".parquet"):
         return pa.array(content.decode().splitlines(), pa.string())
     try:
-        table = pq.read_table(io.BytesIO(content))
+        table = pq.read_table(in_arrow_memory(content))
     except pa.ArrowInvalid as error:
         raise UserError(f"{url}: not a Parquet file") from error
     name = table.column_names[0] if table.num_columns == 1 else item_column
@@ -197,9 +197,9 @@ def _write_token_seq(
 def _write_float(
     engine: Engine, column: ir.Table, items: int, data: str, feature: FeatureRecipe
 ) -> tuple[Feature, np.ndarray]:
-    number = column.value.try_cast("float64") if isinstance(column.value.type(), dt.String) else column.value
+    number = engine.number(column.value) if isinstance(column.value.type(), dt.String) else column.value
     numbers = column.select("id", "popularity", value=number)
-    usable = numbers.filter(numbers.value.notnull() & ~numbers.value.isnan() & ~numbers.value.isinf())
+    usable = numbers.filter(finite(numbers.value))
     values = np.zeros(items + 1, dtype=np.float64)
     present = np.zeros(items + 1, dtype=bool)
     trained = np.zeros(items + 1, dtype=bool)

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from data_prep import readers
 from data_prep.bad_rows import BadRows
 from data_prep.columns import Column, ColumnKind, Request, convert
-from data_prep.engine import Engine
+from data_prep.engine import Engine, finite
 from data_prep.recipe import FeatureRecipe, ItemTable, Layout, Recipe
 from data_prep.sources import expand, recbole_name
 from gru4recf_dist.data import storage
@@ -121,8 +121,9 @@ class FeatureTable:
             first = rows.group_by("item").agg(ordinal=rows.ordinal.min())
             chosen = rows.semi_join(first, "ordinal")
         else:
-            time = rows.time.try_cast("float64")
-            latest = [time.isnull() | time.isnan(), ibis.desc(time), rows.ordinal]
+            number = engine.number(rows.time)
+            time = ibis.ifelse(finite(number), number, ibis.null("float64"))
+            latest = [time.isnull(), ibis.desc(time), rows.ordinal]
             ranked = rows.mutate(rank=ibis.row_number().over(group_by="item", order_by=latest))
             chosen = ranked.filter(ranked.rank == 0)
         values = chosen.select("item", *(value.staged for value in self._values))

@@ -6,7 +6,6 @@ type, a blank line) is parsed again line by line, so that only the bad lines are
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from typing import IO, Any
@@ -15,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.json as pa_json
 
-from data_prep.columns import Batch, Column, Request, rows_of
+from data_prep.columns import Batch, Column, Request, in_arrow_memory, rows_of
 from gru4recf_dist.errors import UserError
 
 CHUNK_BYTES = 16 << 20
@@ -122,7 +121,7 @@ def _parse_chunk(chunk: bytes, expected: pa.Schema | None, count: int) -> pa.Rec
         return None
     try:
         table = pa_json.read_json(
-            io.BytesIO(chunk),
+            in_arrow_memory(chunk),
             read_options=pa_json.ReadOptions(use_threads=False, block_size=len(chunk) + 1),
             parse_options=pa_json.ParseOptions(explicit_schema=expected, unexpected_field_behavior="ignore"),
         )

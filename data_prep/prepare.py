@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,15 +13,14 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from data_prep import output, splits, steps, vocabulary, writer
-from data_prep.bad_rows import QUARANTINE, BadRows, write_record
-from data_prep.engine import Engine, open_engine
+from data_prep.bad_rows import QUARANTINE, write_record
+from data_prep.engine import MICROSECONDS, Engine, Unread, open_engine
 from data_prep.features import ItemFeatures, write_parquet
 from data_prep.recipe import Recipe
 from data_prep.report import Report
-from data_prep.row_filter import RowFilter
-from data_prep.sources import VALID, EventFile, event_files, raw_events, staged_schema
+from data_prep.sources import VALID, EventFile, event_files, event_reader, staged_schema
 from gru4recf_dist.data import storage
-from gru4recf_dist.data.shard_format import POPULARITY, SPLITS, TOKENS, Manifest, SplitInfo, write_manifest
+from gru4recf_dist.data.shard_format import POPULARITY, SPLITS, TOKENS, Manifest, ShardInfo, SplitInfo, write_manifest
 from gru4recf_dist.errors import UserError
 
 # The first event of a session is history only.
@@ -38,7 +37,7 @@ def prepare(recipe: Recipe) -> Report:
     output.check_replaceable(recipe.output)
     files = event_files(recipe)
     features = ItemFeatures(recipe)
-    with open_engine(recipe.engine, recipe.threads, recipe.memory_limit_gib, recipe.temporary_folder) as engine:
+    with open_engine(recipe) as engine:
         return _Preparation(recipe, engine, files, features).run()
 
 
@@ -51,8 +50,7 @@ class _Preparation:
         self.files = files
         self.features = features
         self.report = Report()
-        self.bad_rows = BadRows()
-        self.row_filter = RowFilter(recipe.input.keep)
+        self.unread: Unread
         self.bad = 0
         self.bad_table: ir.Table | None = None
         self.one_target = recipe.split.method == "leave_one_out"
@@ -61,11 +59,14 @@ class _Preparation:
         good = self._good(self._read())
         events, sessions, items = self._sessionize(good)
         parts, dropped = self._split(self._filter(events))
-        catalog = self.engine.keep("catalog", vocabulary.catalog(parts, items, self.recipe.seed))
+        seed = self.recipe.seed
+        catalog = self.engine.keep("catalog", vocabulary.catalog(self.engine, parts, items, seed))
         self._count_splits(parts, dropped, catalog)
         streams = self._streams()
         numbers = {
-            name: self.engine.keep(f"numbers_{name}", vocabulary.session_numbers(part, sessions, self.recipe.seed))
+            name: self.engine.keep(
+                f"numbers_{name}", vocabulary.session_numbers(self.engine, name, part, sessions, seed)
+            )
             for name, part in parts.items()
         }
         with output.replacing(self.recipe.output) as data:
@@ -77,8 +78,9 @@ class _Preparation:
             infos = {}
             for name in SPLITS:
                 dealt = streams if name == "train" else 1
-                table = vocabulary.numbered_events(parts[name], numbers[name], catalog, dealt)
-                infos[name] = self._write_split(name, table, data)
+                shard = self.recipe.shard_sessions
+                table = vocabulary.numbered_events(parts[name], numbers[name], catalog, dealt, shard)
+                infos[name] = self._write_split(name, table, dealt, data)
             manifest = Manifest(
                 name=self.recipe.name,
                 seed=self.recipe.seed,
@@ -95,25 +97,25 @@ class _Preparation:
 
     def _read(self) -> ir.Table:
         """Stage the raw rows and judge each."""
-        rows = raw_events(self.recipe, self.files, self.bad_rows, self.row_filter)
-        first = next(rows, None)
-        if first is None:
-            bad = next(iter(self.bad_rows), None)
-            reason = f" (line {bad['line']}: {bad['reason']})" if bad else ""
-            if self.row_filter.left_out:
-                reason = f" (input.keep leaves out all of its {self.row_filter.left_out} rows)"
-            raise UserError(f"{self.files[0].url}: no events in the input{reason}")
-        schema = staged_schema(first.schema.field("time").type, "within" in first.column_names)
-        raw = self.engine.stage("raw", schema, itertools.chain([first], rows))
-        return steps.judged(raw, self.recipe.input.time_format)
+        reader = event_reader(self.recipe, self.files)
+        within = self.recipe.input.time_within is not None
+        schema = staged_schema(reader.time, within)
+        raw, self.unread = self.engine.stage_files("raw", schema, len(self.files), reader)
+        return steps.judged(self.engine, raw, self.recipe.input.time_format)
 
     def _good(self, judged: ir.Table) -> ir.Table:
         columns = judged.agg(rows=judged.count(), bad=judged.reason.count())
         counts = self.engine.row(columns)
-        unread = len(self.bad_rows)
+        unread, left_out = len(self.unread), self.unread.left_out
+        if not counts["rows"]:
+            bad = next(iter(self.unread), None)
+            reason = f" (line {bad['line']}: {bad['reason']})" if bad else ""
+            if left_out:
+                reason = f" (input.keep leaves out all of its {left_out} rows)"
+            raise UserError(f"{self.files[0].url}: no events in the input{reason}")
         self.bad = counts["bad"] + unread
         plural = "s" if len(self.files) > 1 else ""
-        read, left_out = counts["rows"] + unread, self.row_filter.left_out
+        read = counts["rows"] + unread
         self.report.add("read", {"events": read + left_out}, note=f"{len(self.files)} file{plural}")
         if self.recipe.input.keep:
             self.report.add("keep rows", {"events": read}, note=f"by {', '.join(self.recipe.input.keep)}")
@@ -129,7 +131,7 @@ class _Preparation:
             note = f"{first['file']}: line {first['line']}: {first['reason']}"
         self.report.add("drop bad rows", {"events": counts["rows"] - counts["bad"]}, note=note)
         if "parsed_within" in good.columns:
-            good = self.engine.keep("ordered", steps.ordered_within(good))
+            good = self.engine.keep("ordered", steps.ordered_within(self.engine, good))
         if self.recipe.deduplicate:
             good = self.engine.keep("deduplicated", steps.deduplicated(good))
             self.report.add("deduplicate", {"events": self._count(good)})
@@ -140,7 +142,7 @@ class _Preparation:
         sessions = self.engine.keep("session_codes", steps.codes(good, "session", "part"))
         items = self.engine.keep("item_codes", steps.codes(good, "item"))
         events = self.engine.keep("events", steps.coded(good, sessions, items))
-        for name in ("raw", "ordered", "deduplicated"):
+        for name in ("raw", "ranked_within", "ordered", "deduplicated"):
             self.engine.drop(name)
         gap = self.recipe.session_gap
         counts = {name: self._count(table) for name, table in (("sessions", sessions), ("events", events))}
@@ -148,7 +150,7 @@ class _Preparation:
         if gap is None:
             return events, sessions.mutate(key=sessions.session), items
         if self.recipe.input.time_format == "datetime":
-            gap *= steps.MICROSECONDS
+            gap *= MICROSECONDS
         numbered = self.engine.keep("numbered", steps.cut_by_gap(events, gap))
         cut = self.engine.keep("gap_sessions", steps.gap_sessions(numbered, sessions))
         self.engine.drop("events")
@@ -230,7 +232,7 @@ class _Preparation:
                     url = self.files[row["file"]].url
                     yield {"file": url, "line": row["line"], "reason": row["reason"], "values": values}
 
-        return heapq.merge(self.bad_rows, from_engine(), key=lambda record: (order[record["file"]], record["line"]))
+        return heapq.merge(self.unread, from_engine(), key=lambda record: (order[record["file"]], record["line"]))
 
     def _write_quarantine(self, data: str) -> None:
         if not self.bad:
@@ -252,22 +254,23 @@ class _Preparation:
         storage.write_npy(storage.join(data, POPULARITY), popularity)
         return count
 
-    def _write_split(self, name: str, table: ir.Table, data: str) -> SplitInfo:
+    def _write_split(self, name: str, table: ir.Table, streams: int, data: str) -> SplitInfo:
         total = next(row["events"] for row in self.report.rows if row.get("step") == f"split: {name}")
-        if not self.recipe.store_times:
-            table = table.drop("time")
+        write = functools.partial(
+            writer.write_described,
+            data=data,
+            split=name,
+            streams=streams,
+            shard_sessions=self.recipe.shard_sessions,
+            block_sessions=self.recipe.block_sessions,
+            last_event_only=self.one_target and name != "train",
+        )
+        columns = ["number", "item", *(["time"] if self.recipe.store_times else [])]
+        shards = []
         with tqdm(total=total, desc=f"writing {name}", unit=" events", unit_scale=True, disable=None) as bar:
-
-            def watched() -> Iterator[pa.RecordBatch]:
-                for batch in self.engine.batches(table):
-                    yield batch
-                    bar.update(batch.num_rows)
-
-            return writer.write_split(
-                data,
-                name,
-                watched(),
-                shard_sessions=self.recipe.shard_sessions,
-                block_sessions=self.recipe.block_sessions,
-                last_event_only=self.one_target and name != "train",
-            )
+            for text in self.engine.run_sorted(
+                table, columns, together=("stream", "shard"), order=("stream", "number", "place"), task=write
+            ):
+                shards.append(ShardInfo.model_validate_json(text))
+                bar.update(shards[-1].events)
+        return writer.split_info(shards)

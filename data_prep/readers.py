@@ -36,7 +36,7 @@ def read(url: str, request: Request) -> Iterator[Batch]:
         UserError: no such file, a column is missing, or the file is damaged; the line names the file.
     """
     if request.layout.format == "parquet":
-        with storage.open_read(url) as stream:
+        with _open_for_arrow(url) as stream:
             yield from _read_parquet(url, stream, request)
     elif request.layout.format == "jsonl":
         with open_text(url) as stream:
@@ -49,9 +49,24 @@ def read(url: str, request: Request) -> Iterator[Batch]:
 
 
 @contextlib.contextmanager
+def _open_for_arrow(url: str) -> Iterator[IO[bytes]]:
+    """Open for reading: a local file by Arrow itself.
+
+    Arrow reads ahead in threads that outlive a reader a little, and one that lets go of a Python object (any other
+    stream) while Python ends, after an error say, aborts the process.
+    """
+    with storage.open_read(url) as stream:
+        if not storage.is_local(url):
+            yield stream
+            return
+        with pa.OSFile(storage.local_path(url)) as file:
+            yield file
+
+
+@contextlib.contextmanager
 def open_text(url: str) -> Iterator[IO[bytes]]:
     """Open for reading, decompressing by the name's ending."""
-    with storage.open_read(url) as stream:
+    with _open_for_arrow(url) as stream:
         compression = next((name for ending, name in COMPRESSIONS.items() if url.endswith(ending)), None)
         yield pa.CompressedInputStream(stream, compression) if compression else stream
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from gru4recf_dist.data import filesystems
 from gru4recf_dist.data.shard_format import MAX_BLOCK_SESSIONS
 from gru4recf_dist.data.storage_config import StorageConfig
 from gru4recf_dist.section import Section
@@ -226,6 +228,47 @@ class FeatureRecipe(Section):
         return extract
 
 
+class Spark(Section):
+    """The Spark cluster and its settings."""
+
+    master: str = Field(
+        "local[*]", min_length=1, description="the cluster: local[N], spark://HOST:PORT, yarn, k8s://URL"
+    )
+    settings: dict[str, str] = Field(
+        {}, description="Spark's own settings, such as `spark.executor.memory: 8g`; nested keys are joined by dots"
+    )
+
+    @field_validator("settings", mode="before")
+    @classmethod
+    def _joined(cls, settings: object) -> object:
+        """An override `spark.settings.spark.executor.memory=8g` arrives as nested mappings."""
+        return dict(_flat(settings)) if isinstance(settings, dict) else settings
+
+    @field_validator("settings")
+    @classmethod
+    def _sparks_own(cls, settings: dict[str, str]) -> dict[str, str]:
+        for key in settings:
+            if not key.startswith("spark."):
+                raise ValueError(f"'{key}' is no Spark setting: they start with 'spark.'")
+            if key == "spark.master":
+                raise ValueError("spark.master has a key of its own: spark.master=URL")
+        return settings
+
+    @property
+    def is_local(self) -> bool:
+        """Whether driver and executors are one process on this machine."""
+        return self.master == "local" or self.master.startswith("local[")
+
+
+def _flat(settings: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            # Spark spells them like this.
+            yield f"{prefix}{key}", str(value).lower() if isinstance(value, bool) else value
+
+
 class Recipe(Section):
     """A preparation: raw event files -> shards, item features, manifest."""
 
@@ -260,12 +303,19 @@ class Recipe(Section):
     shard_sessions: int = Field(65536, ge=1, description="most sessions in a shard")
     block_sessions: int = Field(MAX_BLOCK_SESSIONS, ge=1, le=MAX_BLOCK_SESSIONS, description="most sessions in a block")
     store_times: bool = Field(False, description="store the event times too, cut to whole units")
-    engine: Literal["duckdb"] = Field("duckdb", description="what runs the dataframe steps")
-    threads: int | None = Field(None, ge=1, description="threads of the engine; default: one a core")
-    memory_limit_gib: float | None = Field(
-        None, gt=0, description="memory of the engine, which then spills to disk; default: the engine's own"
+    engine: Literal["duckdb", "spark"] = Field(
+        "duckdb", description="what runs the dataframe steps: DuckDB in this process, or a Spark cluster"
     )
-    temporary_folder: str | None = Field(None, description="local folder to spill to; default: the system's")
+    spark: Spark = Field(Spark(), description="used with engine=spark")
+    threads: int | None = Field(None, ge=1, description="duckdb: threads; default: one a core")
+    memory_limit_gib: float | None = Field(
+        None, gt=0, description="duckdb: its memory, beyond which it spills to disk; default: DuckDB's own"
+    )
+    temporary_folder: str | None = Field(
+        None,
+        description="duckdb: local folder to spill to, by default the system's; spark: folder of the tables between "
+        "the steps, a path or Hadoop URL, which all executors must reach",
+    )
     storage: StorageConfig = Field(StorageConfig(), description="how object storage is reached")
 
     @field_validator("streams")
@@ -274,6 +324,20 @@ class Recipe(Section):
         if streams is not None and streams & (streams - 1):
             raise ValueError("must be a power of two")
         return streams
+
+    @model_validator(mode="after")
+    def _fits_engine(self) -> Recipe:
+        if self.engine == "duckdb":
+            return self
+        for key, instead in (("threads", "spark.master=local[N]"), ("memory_limit_gib", "spark.settings")):
+            if getattr(self, key) is not None:
+                raise ValueError(f"{key} is for engine duckdb; with spark use {instead}")
+        for key in ("source", "output"):
+            if filesystems.protocol_of(getattr(self, key)) == "memory":
+                raise ValueError(f"{key}: engine spark works in other processes, which do not see memory://")
+        if not self.spark.is_local and self.temporary_folder is None:
+            raise ValueError(f"temporary_folder must be given with spark.master={self.spark.master}")
+        return self
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Recipe:

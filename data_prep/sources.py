@@ -1,4 +1,4 @@
-"""Which files a recipe names, and their events as one numbered stream."""
+"""Which files a recipe names, and a reader of their events that gives each its place in the order of all."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from data_prep import readers
 from data_prep.bad_rows import BadRows
-from data_prep.columns import Column, Request
+from data_prep.columns import Batch, Column, Request
 from data_prep.recipe import Input, Recipe
 from data_prep.row_filter import RowFilter
 from gru4recf_dist.data import storage
@@ -20,6 +19,9 @@ from gru4recf_dist.errors import UserError
 
 # What a file's events are for; other splits than `files` have one part only.
 TRAIN, VALID, TEST = 0, 1, 2
+# An ordinal is the file's number and, in this many low bits, the row within the file: known without reading the files
+# before it.
+FILE_BITS = 40
 ENDINGS = {
     "csv": ("csv", "csv.gz", "csv.bz2", "csv.zst"),
     "tsv": ("tsv", "tsv.gz", "tsv.bz2", "tsv.zst"),
@@ -118,7 +120,7 @@ def key_column(given: Input) -> str:
 
 
 def staged_schema(time: pa.DataType, within: bool) -> pa.Schema:
-    """Columns of the staged raw events: ``ordinal`` numbers all events of all files in their order."""
+    """Columns of the staged raw events. ``ordinal`` orders all events of all files: file, then place in the file."""
     return pa.schema(
         {
             **({"within": pa.string()} if within else {}),
@@ -152,13 +154,61 @@ def _time(url: str, time: pa.Array, given: Input) -> pa.Array:
     return time.cast(pa.int64()) if held == ("datetime",) else time
 
 
-def raw_events(recipe: Recipe, files: list[EventFile], bad_rows: BadRows, row_filter: RowFilter) -> Iterator[pa.Table]:
-    """Every row to keep of every file, as text (times of Parquet files in their own type), numbered.
+@dataclass(frozen=True)
+class EventReader:
+    """Reads the event files of a recipe, each by itself, in this process or in another that it is pickled to.
+
+    Attributes:
+        time: the type of the staged times.
+    """
+
+    recipe: Recipe
+    files: list[EventFile]
+    time: pa.DataType
+
+    def __call__(self, number: int, bad_rows: BadRows) -> Iterator[pa.Table]:
+        """Every row to keep of file ``number``, in its order, with the columns of `staged_schema`.
+
+        Raises:
+            UserError: a column is missing, the file is damaged, or its times have another type.
+        """
+        file, given = self.files[number], self.recipe.input
+        ordinal = number << FILE_BITS
+        for batch, time in _batches(self.recipe, file, bad_rows):
+            if time.type != self.time:
+                raise UserError(f"{file.url}: column '{given.time}' is {time.type}, in other files {self.time}")
+            rows = len(batch.lines)
+            within = {"within": batch.columns["within"].cast(pa.string())} if given.time_within else {}
+            yield pa.table(
+                {
+                    **within,
+                    "ordinal": np.arange(ordinal, ordinal + rows, dtype=np.int64),
+                    "part": np.full(rows, file.part, dtype=np.int8),
+                    "file": np.full(rows, number, dtype=np.int32),
+                    "line": batch.lines,
+                    "session": batch.columns["session"],
+                    "item": batch.columns["item"],
+                    "time": time,
+                }
+            )
+            ordinal += rows
+
+
+def event_reader(recipe: Recipe, files: list[EventFile]) -> EventReader:
+    """The reader of ``files``. The first that holds rows to keep decides which type the times have.
 
     Raises:
-        UserError: a column is missing, a file is damaged, or the time columns of two files have different types.
+        UserError: a column is missing, or a file is damaged.
     """
-    given = recipe.input
+    if recipe.input.format != "parquet":
+        return EventReader(recipe, files, pa.string())
+    types = (time.type for file in files for _, time in _batches(recipe, file, BadRows()))
+    return EventReader(recipe, files, next(types, pa.string()))
+
+
+def _batches(recipe: Recipe, file: EventFile, bad_rows: BadRows) -> Iterator[tuple[Batch, pa.Array]]:
+    """A file's rows to keep, and their times as they are staged; no empty batches. Other rows are counted."""
+    given, row_filter = recipe.input, RowFilter(recipe.input.keep)
     columns = {
         "session": Column(key_column(given), "text"),
         "item": Column(given.item, "text"),
@@ -168,31 +218,7 @@ def raw_events(recipe: Recipe, files: list[EventFile], bad_rows: BadRows, row_fi
     if given.time_within:
         columns["within"] = Column(given.time_within, "number")
     nested = tuple(result for result in columns if result != "session") if given.events else ()
-    ordinal = 0
-    time_type: pa.DataType | None = None
-    with tqdm(desc="reading", unit=" events", unit_scale=True, disable=None) as bar:
-        for number, file in enumerate(files):
-            request = Request(given, columns, bad_rows, given.events, nested)
-            for batch in map(row_filter, readers.read(file.url, request)):
-                rows = len(batch.lines)
-                if not rows:
-                    continue
-                time = _time(file.url, batch.columns["time"], given)
-                time_type = time_type or time.type
-                if time.type != time_type:
-                    raise UserError(f"{file.url}: column '{given.time}' is {time.type}, in other files {time_type}")
-                within = {"within": batch.columns["within"].cast(pa.string())} if given.time_within else {}
-                yield pa.table(
-                    {
-                        **within,
-                        "ordinal": np.arange(ordinal, ordinal + rows, dtype=np.int64),
-                        "part": np.full(rows, file.part, dtype=np.int8),
-                        "file": np.full(rows, number, dtype=np.int32),
-                        "line": batch.lines,
-                        "session": batch.columns["session"],
-                        "item": batch.columns["item"],
-                        "time": time,
-                    }
-                )
-                ordinal += rows
-                bar.update(rows)
+    for batch in map(row_filter, readers.read(file.url, Request(given, columns, bad_rows, given.events, nested))):
+        if len(batch.lines):
+            yield batch, _time(file.url, batch.columns["time"], given)
+    bad_rows.left_out += row_filter.left_out

@@ -11,10 +11,9 @@ from datetime import UTC, datetime
 import ibis
 import ibis.expr.types as ir
 
-from data_prep.engine import Engine
+from data_prep.engine import MICROSECONDS, Engine
 from data_prep.recipe import Split
 from data_prep.sources import TEST, TRAIN, VALID
-from data_prep.steps import MICROSECONDS
 from gru4recf_dist.data.shard_format import SPLITS
 from gru4recf_dist.errors import UserError
 
@@ -49,7 +48,7 @@ def by_share(engine: Engine, ends: ir.Table, shares: dict[str, float]) -> dict[s
     A share is rounded to the nearest whole number of sessions. What is left over is called `train`.
     """
     total = engine.row(ends.agg(sessions=ends.session.count()))["sessions"]
-    ranked = ends.mutate(rank=ibis.row_number().over(order_by=[ends.time, ends.ordinal]).cast("int64"))
+    ranked = engine.ranked("ranked_ends", ends, "rank", [ends.time, ends.ordinal])
     parts: dict[str, ir.Table] = {}
     stop = total
     for name, share in reversed(shares.items()):

@@ -10,27 +10,24 @@ import ibis
 import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
 
-from data_prep.engine import Engine
+from data_prep.engine import Engine, finite
 from data_prep.sources import TRAIN
 
-MICROSECONDS = 1_000_000
 
-
-def judged(raw: ir.Table, time_format: str) -> ir.Table:
+def judged(engine: Engine, raw: ir.Table, time_format: str) -> ir.Table:
     """Raw rows with `parsed` (the time as a number) and `reason`: why a row is bad, null for a good one."""
     time = raw.time
     if not isinstance(time.type(), dt.String):
         parsed = time
     elif time_format == "datetime":
-        utc = time.try_cast(dt.Timestamp(timezone="UTC")).cast("timestamp")
-        parsed = utc.epoch_seconds().cast("int64") * MICROSECONDS + utc.microsecond().cast("int64")
+        parsed = engine.microseconds(time)
     elif time_format == "integer":
         # Engines round "1.5" when they cast it.
-        parsed = ibis.ifelse(time.re_search(r"^\s*[+-]?[0-9]+\s*$"), time, ibis.null("string")).try_cast("int64")
+        parsed = ibis.ifelse(time.re_search(r"^\s*[+-]?[0-9]+\s*\z"), time, ibis.null("string")).try_cast("int64")
     else:
-        parsed = time.try_cast("float64")
+        parsed = engine.number(time)
     if isinstance(parsed.type(), dt.Floating):
-        parsed = ibis.ifelse(parsed.isnan() | parsed.isinf(), ibis.null("float64"), parsed)
+        parsed = ibis.ifelse(finite(parsed), parsed, ibis.null("float64"))
 
     def absent(column: ir.Column) -> ir.BooleanValue:
         empty = column == "" if isinstance(column.type(), dt.String) else ibis.literal(False)
@@ -38,8 +35,8 @@ def judged(raw: ir.Table, time_format: str) -> ir.Table:
 
     within = {}
     if "within" in raw.columns:
-        number = raw.within.try_cast("float64")
-        within = {"parsed_within": ibis.ifelse(number.isnan(), ibis.null("float64"), number)}
+        number = engine.number(raw.within)
+        within = {"parsed_within": ibis.ifelse(finite(number), number, ibis.null("float64"))}
     without_place = [(ibis._[name].isnull(), "time_within is not a number") for name in within]
     return raw.mutate(parsed=parsed, **within).mutate(
         reason=ibis.cases(
@@ -53,10 +50,9 @@ def judged(raw: ir.Table, time_format: str) -> ir.Table:
     )
 
 
-def ordered_within(good: ir.Table) -> ir.Table:
+def ordered_within(engine: Engine, good: ir.Table) -> ir.Table:
     """Events numbered anew, so that `time_within` comes before file and line wherever times are equal."""
-    order = [good.parsed_within, good.ordinal]
-    return good.mutate(ordinal=ibis.row_number().over(order_by=order).cast("int64"))
+    return engine.ranked("ranked_within", good, "ordinal", [good.parsed_within, good.ordinal])
 
 
 def deduplicated(good: ir.Table) -> ir.Table:

@@ -1,9 +1,11 @@
-"""Cuts a sorted stream of events into sessions, blocks and shards, without a Python loop over events or sessions."""
+"""Cuts sorted events into sessions, blocks and shards, without a Python loop over events or sessions."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -40,30 +42,46 @@ def choose_streams(sessions: int) -> int:
     return min(max(1 << power, FEWEST_STREAMS), MOST_STREAMS)
 
 
-def write_split(
-    data: str,
-    split: str,
+def write_shards(
     batches: Iterator[pa.RecordBatch],
     *,
+    data: str,
+    split: str,
+    streams: int,
     shard_sessions: int,
     block_sessions: int,
     last_event_only: bool,
-) -> SplitInfo:
-    """Write one split's shards.
+) -> Iterator[ShardInfo]:
+    """Write shards of one split: all of them, or any whole ones.
 
     Args:
         data: the data set's folder.
-        batches: columns `stream`, `number`, `item` and, to store it, `time`; sorted by stream, session and place.
+        batches: columns `number` (of the session), `item` and, to store it, `time`; sorted by stream, number and place.
+        streams: that the split's sessions are dealt to.
         last_event_only: a session has one target, its last event; otherwise every event but its first is one.
     """
-    shards: list[ShardInfo] = []
-    for stream, ordinal, sessions in _shards(_whole_sessions(batches), shard_sessions):
+    pieces = _whole_sessions(batches)
+    # Which shard a session is in follows from its number, so that shards can be written anywhere, in any order.
+    for (stream, ordinal), sessions in _shards(pieces, streams, shard_sessions):
         if split == "train":
             url, stream_number = f"train/s{stream:04d}-{ordinal:06d}.tar", stream
         else:
             url, stream_number = f"{split}/{ordinal:06d}.tar", ordinal
         targets = len(sessions) if last_event_only else len(sessions.items) - len(sessions)
-        shards.append(write_shard(data, url, stream_number, list(_blocks(sessions, block_sessions)), targets))
+        yield write_shard(data, url, stream_number, list(_blocks(sessions, block_sessions)), targets)
+
+
+def write_described(batches: Iterator[pa.RecordBatch], **settings: Any) -> Iterator[str]:
+    """`write_shards` for a task of an engine: a `ShardInfo` as JSON a shard."""
+    for shard in write_shards(batches, **settings):
+        yield shard.model_dump_json()
+
+
+def split_info(shards: list[ShardInfo]) -> SplitInfo:
+    """A split from its shards, which are brought into their order: by stream, then by number in the stream."""
+    assert len({shard.url for shard in shards}) == len(shards), "an engine wrote a shard twice, each time a part of it"
+    # The names of a stream's shards are numbers that only grow longer.
+    shards = sorted(shards, key=lambda shard: (shard.stream, len(shard.url), shard.url))
     return SplitInfo(
         sessions=sum(shard.sessions for shard in shards),
         events=sum(shard.events for shard in shards),
@@ -72,8 +90,8 @@ def write_split(
     )
 
 
-def _whole_sessions(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, Sessions]]:
-    """(stream, its next whole sessions), at least one piece a stream; an unfinished session waits for more events."""
+def _whole_sessions(batches: Iterator[pa.RecordBatch]) -> Iterator[Sessions]:
+    """Whole sessions in pieces; an unfinished session waits for more events."""
     waiting: dict[str, np.ndarray] = {}
     for batch in batches:
         arriving = {name: batch.column(name).to_numpy(zero_copy_only=False) for name in batch.schema.names}
@@ -83,10 +101,10 @@ def _whole_sessions(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, Se
         if not len(numbers):
             continue
         last_start = _tail_start(numbers)
-        yield from _by_stream({name: column[:last_start] for name, column in arriving.items()})
+        yield from _piece({name: column[:last_start] for name, column in arriving.items()})
         waiting = {name: column[last_start:] for name, column in arriving.items()}
     if waiting:
-        yield from _by_stream(waiting)
+        yield from _piece(waiting)
 
 
 def _tail_start(numbers: np.ndarray) -> int:
@@ -95,44 +113,38 @@ def _tail_start(numbers: np.ndarray) -> int:
     return int(changes[-1]) + 1 if len(changes) else 0
 
 
-def _by_stream(events: dict[str, np.ndarray]) -> Iterator[tuple[int, Sessions]]:
-    numbers, streams = events["number"], events["stream"]
+def _piece(events: dict[str, np.ndarray]) -> Iterator[Sessions]:
+    numbers = events["number"]
     if not len(numbers):
         return
     starts = np.concatenate([[0], np.flatnonzero(numbers[1:] != numbers[:-1]) + 1])
     lengths = np.diff(np.append(starts, len(numbers)))
-    session_streams = streams[starts]
-    bounds = np.concatenate([[0], np.flatnonzero(np.diff(session_streams)) + 1, [len(starts)]])
-    everything = Sessions(
+    yield Sessions(
         numbers[starts].astype(np.int64), lengths, events["item"].astype(np.int32), _whole_units(events.get("time"))
     )
-    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        yield int(session_streams[start]), everything.part(start, stop)
 
 
 def _whole_units(times: np.ndarray | None) -> np.ndarray | None:
     return None if times is None else np.floor(times).astype(np.int64)
 
 
-def _shards(pieces: Iterator[tuple[int, Sessions]], shard_sessions: int) -> Iterator[tuple[int, int, Sessions]]:
-    """(stream, number of the shard in it, sessions); only one shard's sessions are held at a time."""
-    current, ordinal, held, count = -1, 0, [], 0
-    for stream, piece in pieces:
-        if stream != current:
-            if held:
-                yield current, ordinal, _joined(held)
-            current, ordinal, held, count = stream, 0, [], 0
-        start = 0
-        while start < len(piece):
-            stop = min(len(piece), start + shard_sessions - count)
+def _shards(
+    pieces: Iterator[Sessions], streams: int, shard_sessions: int
+) -> Iterator[tuple[tuple[int, int], Sessions]]:
+    """((stream, number of the shard in it), its sessions); only one shard's sessions are held at a time."""
+    current, held = (-1, -1), []
+    for piece in pieces:
+        of_stream, of_shard = piece.numbers % streams, piece.numbers // (streams * shard_sessions)
+        changes = np.flatnonzero((of_stream[1:] != of_stream[:-1]) | (of_shard[1:] != of_shard[:-1])) + 1
+        for start, stop in itertools.pairwise([0, *changes.tolist(), len(piece)]):
+            place = int(of_stream[start]), int(of_shard[start])
+            if held and place != current:
+                yield current, _joined(held)
+                held = []
+            current = place
             held.append(piece.part(start, stop))
-            count += stop - start
-            start = stop
-            if count == shard_sessions:
-                yield current, ordinal, _joined(held)
-                ordinal, held, count = ordinal + 1, [], 0
     if held:
-        yield current, ordinal, _joined(held)
+        yield current, _joined(held)
 
 
 def _joined(pieces: list[Sessions]) -> Sessions:

@@ -163,7 +163,7 @@ class Checkpoints:
 def weight_settings(config: Config) -> dict[str, Any]:
     """The settings that the tensors of a checkpoint, and what they mean, depend on; by dotted key."""
     return {
-        "precision": config.precision,
+        "precision": f"{'fp64' if config.precision == 'fp64' else 'fp32'} weights",
         "table.optimizer": config.table.optimizer,
         "optimizer.name": config.optimizer.name,
         **{f"model.{name}": value for name, value in config.model if not name.startswith("dropout")},

@@ -81,6 +81,14 @@ class OptimizerConfig(Section):
     clip: PositiveFloat | None = Field(None, description="bound of the global gradient norm of the encoder")
 
 
+class LossScaleConfig(Section):
+    """Dynamic loss scaling, for ``precision: fp16`` only; powers of two."""
+
+    initial: float = Field(65536.0, ge=1.0)
+    growth_steps: PositiveInt = Field(2000, description="steps without overflow after which the scale doubles")
+    largest: float = Field(float(1 << 24), ge=1.0)
+
+
 class ScheduleConfig(Section):
     """Learning-rate factor, for encoder and table alike: linear warm-up, then the named decay to ``final``."""
 
@@ -152,6 +160,7 @@ class CheckpointConfig(Section):
 
 class MonitoringConfig(Section):
     log_every_steps: PositiveInt = 10
+    profile_step: PositiveInt | None = Field(None, description="step at which the encoder's operations are counted")
     tensorboard: bool = True
     progress: bool = True
 
@@ -166,7 +175,11 @@ class Config(Section):
     max_epochs: PositiveInt | None = 20
     max_steps: PositiveInt | None = None
     batch_size: PositiveInt = 128
-    precision: Literal["fp32", "fp64"] = "fp32"
+    accumulation: PositiveInt = Field(1, description="micro-batches that a batch is worked through in")
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
+        "fp32", description="of the encoder's matrix products; weights are float32, but float64 with fp64"
+    )
+    loss_scale: LossScaleConfig = LossScaleConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: Literal["auto", "never"] = "auto"
     timeout_seconds: PositiveInt = Field(1800, description="how long a collective waits for a missing rank")
@@ -184,9 +197,11 @@ class Config(Section):
     storage: StorageConfig = StorageConfig()
 
     @model_validator(mode="after")
-    def _ends(self) -> Config:
+    def _fits_together(self) -> Config:
         if self.max_epochs is None and self.max_steps is None:
             raise ValueError("one of max_epochs and max_steps must be given")
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of accumulation ({self.accumulation})")
         return self
 
 

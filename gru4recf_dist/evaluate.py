@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="gru4recf_dist.evaluate", description=__doc__)
     trained_run.add_run_argument(parser)
     parser.add_argument("--split", choices=("valid", "test"), default="test")
+    process_ranks.add_launcher_argument(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as evaluation.ks=[20]")
     arguments = parser.parse_intermixed_args(argv)
     config = trained_run.read_config(arguments.run, arguments.overrides)

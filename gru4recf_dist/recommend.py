@@ -82,6 +82,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="JSON lines, path or URL")
     parser.add_argument("-k", type=int, default=20, help="items a session (default 20)")
     parser.add_argument("--exclude-seen", action="store_true", help="never recommend an item of the session itself")
+    process_ranks.add_launcher_argument(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as evaluation.batch_sessions=1024")
     return parser.parse_intermixed_args(argv)
 

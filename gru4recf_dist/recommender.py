@@ -16,7 +16,13 @@ from gru4recf_dist.table.feature_store import FeatureStore
 from gru4recf_dist.table.item_table import ShardedItemTable
 from gru4recf_dist.table.partition import route
 
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+# In half precision the encoder's matrix products are computed, nothing is kept.
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def weight_dtype(precision: str) -> torch.dtype:
+    """The type of the weights, of table and encoder."""
+    return torch.float64 if precision == "fp64" else torch.float32
 
 
 def feature_specs(config: ModelConfig, manifest: Manifest) -> list[FeatureSpec]:
@@ -77,9 +83,10 @@ def build(config: Config, manifest: Manifest, ranks: Ranks, training: bool = Tru
     """
     specs = feature_specs(config.model, manifest)
     torch.manual_seed(config.seed)
-    dtype = DTYPES[config.precision]
+    dtype = weight_dtype(config.precision)
+    encoder = SessionEncoder(config.model, specs, COMPUTE_DTYPES.get(config.precision))
     return Recommender(
-        encoder=SessionEncoder(config.model, specs).to(device=ranks.device, dtype=dtype),
+        encoder=encoder.to(device=ranks.device, dtype=dtype),
         table=ShardedItemTable(
             manifest.items + 1,
             config.model.embedding_size,

@@ -88,6 +88,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
     parser.add_argument("--config", help="a recipe, such as configs/beauty.yaml (path or URL)")
     parser.add_argument("--check", action="store_true", help="validate everything, start nothing; exit 0 or 2")
+    process_ranks.add_launcher_argument(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
     return parser.parse_intermixed_args(argv)
 

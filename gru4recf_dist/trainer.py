@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -13,12 +14,13 @@ from gru4recf_dist import recommender, typed_yaml, warm_start
 from gru4recf_dist.checkpoint import Checkpoints, weight_settings
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
-from gru4recf_dist.data.batches import PackedBatch, pack_training
+from gru4recf_dist.data.batches import PackedBatch, pack_micro_batches
 from gru4recf_dist.data.shard_format import read_manifest
 from gru4recf_dist.data.streams import SessionLoader
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.evaluation.baselines import evaluate_baselines
 from gru4recf_dist.evaluation.evaluator import Evaluator, protocol_of
+from gru4recf_dist.measurements import counted_operations, peak_memory_gib
 from gru4recf_dist.monitoring import Monitor
 from gru4recf_dist.objective import Objective
 from gru4recf_dist.parallel import collectives
@@ -26,7 +28,7 @@ from gru4recf_dist.parallel.engines import make_engine
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.schedule import factor
 from gru4recf_dist.table.negatives import NegativeSampler, read_popularity
-from gru4recf_dist.table.partition import route
+from gru4recf_dist.training_step import StepResult, TrainingStep
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Progress:
         step: updates made.
         best, evaluations_since_best: early stopping's memory.
         sessions_lost: training sessions, each epoch anew, of damaged shards (`loader.on_bad_shard: skip`).
+        skipped_steps: those whose fp16 gradients overflowed.
         trained_events, trained_seconds: over all ranks, for the throughput of the whole run.
     """
 
@@ -45,6 +48,7 @@ class Progress:
     evaluations_since_best: int = 0
     trained_events: int = 0
     sessions_lost: int = 0
+    skipped_steps: int = 0
     trained_seconds: float = 0.0
 
 
@@ -52,22 +56,12 @@ class Progress:
 class _Window:
     """Sums over the steps since the last log line."""
 
+    steps: int = 0
     loss: float = 0.0
     targets: float = 0.0
     events: float = 0.0
     wait_seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
-
-
-@dataclass(frozen=True)
-class _Totals:
-    """A step's sums over all ranks."""
-
-    loss: float
-    targets: float
-    events: float
-    sessions_lost: float
-    stop: bool
 
 
 class Trainer:
@@ -90,7 +84,8 @@ class Trainer:
         sampler = None
         if config.loss.name == "sampled_softmax":
             sampler = NegativeSampler(self.popularity, config.loss, config.seed)
-        self.objective = Objective(config, self.table, sampler)
+        objective = Objective(config, self.table, sampler)
+        self.step = TrainingStep(config, self.model, self.engine, objective, ranks)
         self.evaluator = Evaluator(config, self.manifest, self.popularity, ranks)
         self.checkpoints = Checkpoints(config.run_dir, ranks, config.checkpoint.keep_last)
         self.progress = Progress()
@@ -120,19 +115,21 @@ class Trainer:
             steps = self.loader.steps_left
             for left in range(steps - 1, -1, -1):
                 before = time.perf_counter()
-                batch = pack_training(next(batches), config.loader.max_length, config.loader.context)
+                packed = pack_micro_batches(
+                    next(batches), config.accumulation, config.loader.max_length, config.loader.context
+                )
                 self._window.wait_seconds += time.perf_counter() - before
-                totals = self.step(batch)
+                done = self._update(packed)
                 progress.trained_seconds += time.perf_counter() - before
                 finished = progress.step >= self.total_steps
                 evaluate = self._evaluation_is_due(epoch_ended=left == 0, last=finished)
-                save = self._checkpoint_is_due(epoch_ended=left == 0) or finished or totals.stop
-                self._log(totals, at_once=evaluate or save)
+                save = self._checkpoint_is_due(epoch_ended=left == 0) or finished or done.stop
+                self._log(done, at_once=evaluate or save)
                 is_best = evaluate and self._evaluate()
                 finished = finished or self._out_of_patience()
                 if save or is_best or finished:
                     self._save(is_best)
-                if totals.stop and not finished:
+                if done.stop and not finished:
                     self.monitor.say(f"stopped by a signal after step {progress.step}; the run can be resumed")
                     self.monitor.close()
                     return None
@@ -140,76 +137,61 @@ class Trainer:
                     break
         return self._finish()
 
-    def step(self, batch: PackedBatch) -> _Totals:
-        """One update of encoder and table with a global batch, of which this is the rank's part."""
-        self.progress.step += 1
-        step = self.progress.step
-        # Dropout depends on (seed, step, rank) alone: there is no generator state to save.
-        torch.manual_seed(hash((self.config.seed, step, self.ranks.rank)) & 0x7FFFFFFFFFFFFFFF)
-
-        routing = route(self.table.partition, batch.items, batch.targets)
-        item_places, target_places = (places.to(self.ranks.device) for places in routing.inverse)
-        exchange = self.table.exchange(routing)
-        features = self.model.features.lookup(exchange)
-        rows = self.table.lookup(exchange)
-        queries = self.engine(rows, features, item_places, batch.batch_sizes)
-        local_loss = self.objective(queries, rows[target_places], batch, step)
-
-        totals = self._reduce(local_loss, batch)
-        # The engine's mean over ranks and the table's division by W both undo the factor W.
-        self.engine.backward(local_loss * (self.ranks.world / max(totals.targets, 1.0)))
-        scale = factor(self.config.schedule, step - 1, self.total_steps)
-        self._gradient_norm = self.engine.step(self.config.optimizer.lr * scale)
-        self._table_squared_norm = self.table.apply_gradients(self.config.table.lr * scale)
+    def _update(self, batches: list[PackedBatch]) -> StepResult:
+        """The next update."""
+        progress = self.progress
+        progress.step += 1
+        scale = factor(self.config.schedule, progress.step - 1, self.total_steps)
         self._learning_rate = self.config.optimizer.lr * scale
-        self.progress.trained_events += int(totals.events)
-        self.progress.sessions_lost += int(totals.sessions_lost)
-        return totals
-
-    def _reduce(self, local_loss: torch.Tensor, batch: PackedBatch) -> _Totals:
-        """The step's one exchange of counts and flags; it comes before the update, so a bad loss stops every rank."""
-        sums = torch.tensor(
-            [
-                float(local_loss.detach()),
-                batch.targets_count,
-                batch.events,
-                batch.sessions_lost,
-                self._stop_requested,
-            ],
-            dtype=torch.float64,
-        )
-        loss, targets, events, sessions_lost, stop = collectives.sum_over_ranks(sums, self.ranks.host).tolist()
-        if not math.isfinite(loss):
-            raise UserError(
-                f"step {self.progress.step}: the loss is {loss}; nothing was updated. "
-                "Try lower optimizer.lr and table.lr, or optimizer.clip"
+        is_profiled = progress.step == self.config.monitoring.profile_step
+        profile = counted_operations(self.engine.module, self.ranks.device) if is_profiled else nullcontext()
+        with profile as counts:
+            done = self.step(batches, progress.step, scale, self._stop_requested)
+        if counts:
+            self.monitor.scalars(progress.step, {f"profile/encoder_{name}": value for name, value in counts.items()})
+            gigaflops = counts["flops"] / 1e9 / max(counts["forward_seconds"], 1e-9)
+            self.monitor.say(
+                f"step {progress.step}: the encoder's forward on rank 0: {counts['flops']:.4g} FLOP "
+                f"in {counts['forward_seconds']:.3g} s ({gigaflops:.3g} GFLOP/s), {counts['parameters']:.0f} parameters"
             )
-        return _Totals(loss, targets, events, sessions_lost, stop > 0)
+        progress.trained_events += int(done.events)
+        progress.sessions_lost += int(done.sessions_lost)
+        progress.skipped_steps += not done.updated
+        return done
 
     # -- logging, evaluation, checkpoints ----------------------------------------------------------------------------
 
-    def _log(self, totals: _Totals, at_once: bool) -> None:
+    def _log(self, done: StepResult, at_once: bool) -> None:
         window, step = self._window, self.progress.step
-        window.loss += totals.loss
-        window.targets += totals.targets
-        window.events += totals.events
+        window.steps += 1
+        window.loss += done.loss
+        window.targets += done.targets
+        window.events += done.events
         if step % self.config.monitoring.log_every_steps and step != 1 and not at_once:
             self.monitor.advance()
             return
         seconds = time.perf_counter() - window.started
-        table_norm = collectives.sum_over_ranks(self._table_squared_norm.clone(), self.ranks.table).sqrt()
+        figures = {f"{self.config.engine.name}/{name}": value for name, value in self.engine.figures().items()}
+        table_norm = collectives.sum_over_ranks(done.table_squared_norm.clone(), self.ranks.table).sqrt()
         values = {
             "train/loss": window.loss / max(window.targets, 1.0),
             "train/lr": self._learning_rate,
-            "train/gradient_norm": float(self._gradient_norm),
+            "train/gradient_norm": float(done.gradient_norm),
             "train/epoch": self.loader.epochs_done,
             "table/gradient_norm": float(table_norm),
             "perf/events_per_second": window.events / seconds,
+            "perf/step_seconds": seconds / window.steps,
             "data/wait_share": window.wait_seconds / seconds,
             "data/sessions_lost": self.progress.sessions_lost,
+            "perf/peak_memory_gib": peak_memory_gib(self.ranks),
+            **figures,
         }
+        if self.config.precision == "fp16":
+            values["train/loss_scale"] = self.step.loss_scale.value
+            values["train/skipped_steps"] = self.progress.skipped_steps
         self.monitor.scalars(step, values)
-        self.monitor.advance(loss=values["train/loss"], events_per_s=values["perf/events_per_second"])
+        shown = {"loss": "train/loss", "events_per_s": "perf/events_per_second", "gib": "perf/peak_memory_gib"}
+        self.monitor.advance(**{name: values[key] for name, key in shown.items()}, **figures)
         self._window = _Window()
 
     def _evaluation_is_due(self, epoch_ended: bool, last: bool) -> bool:
@@ -232,6 +214,7 @@ class Trainer:
         """Evaluate on the validation split; whether that is the best so far."""
         progress = self.progress
         started = time.perf_counter()
+        self.engine.copy_weights_to(self.model.encoder)
         metrics = self.evaluator.evaluate(self.model, "valid")
         values = {f"eval/{name}/{key}": value for name, part in metrics.items() for key, value in part.items()}
         self.monitor.scalars(progress.step, {**values, "eval/seconds": time.perf_counter() - started})
@@ -253,9 +236,11 @@ class Trainer:
 
     def _save(self, is_best: bool) -> None:
         started = time.perf_counter()
+        self.engine.copy_weights_to(self.model.encoder)
         self._check_finite()
         state = {
             "progress": vars(self.progress),
+            "loss_scale": self.step.loss_scale.state_dict(),
             "loader": self.loader.state_dict(),
             "training_data": self.manifest.training_digest,
             # What a run that starts from this one on a grown data set has to know of the embedded vocabularies.
@@ -290,6 +275,7 @@ class Trainer:
                     "made with; choose another run_dir"
                 )
             self.progress = Progress(**state["progress"])
+            self.step.loss_scale.load_state_dict(state.get("loss_scale", {}))
             self.loader.load_state_dict(state["loader"])
         elif self.config.init_from is not None:
             warm_start.load(self.config, self.manifest, self.engine, self.table, self.ranks)
@@ -300,6 +286,8 @@ class Trainer:
         best = self.checkpoints.best()
         if best is not None and best != progress.step:
             self.checkpoints.load(best, None, self.model.encoder, self.table)
+        else:
+            self.engine.copy_weights_to(self.model.encoder)
         result: dict = {}
         for split in ("valid", "test"):
             if self.manifest.splits[split].sessions:
@@ -339,7 +327,7 @@ class Trainer:
         return result
 
     def _catch_signals(self) -> None:
-        """SIGTERM and SIGUSR1 ask for a stop; the ranks agree on the step in `_reduce`."""
+        """SIGTERM and SIGUSR1 ask for a stop; the ranks agree on the step in `TrainingStep`."""
 
         def request(number, frame) -> None:
             self._stop_requested = True

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 
-from gru4recf_dist.data.columns import ragged_arange, ragged_indices
+from gru4recf_dist.data.columns import ragged_arange, ragged_indices, slice_sessions
 from gru4recf_dist.data.shard_format import PADDING_ID, Block
 
 
@@ -132,6 +133,13 @@ def pack_training(block: Block, max_length: int, context: int) -> PackedBatch:
         targets_count=int(counted.sum()),
         sessions_lost=lost,
     )
+
+
+def pack_micro_batches(block: Block, count: int, max_length: int, context: int) -> list[PackedBatch]:
+    """A batch of training sessions as ``count`` packed ones of, but for one, equally many sessions."""
+    bounds = np.arange(count + 1) * len(block.lengths) // count
+    parts = (slice_sessions(block, start, stop) for start, stop in pairwise(bounds))
+    return [pack_training(part, max_length, context) for part in parts]
 
 
 def pack_queries(block: Block, max_length: int, context: int, every_position: bool) -> QueryBatch:

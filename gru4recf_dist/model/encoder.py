@@ -26,11 +26,12 @@ class SessionEncoder(nn.Module):
     Args:
         config: the model section of the configuration.
         specs: features to use; empty with ``fusion: item_only``.
+        compute_dtype: what autocast computes in, while training; None: in the parameters' type, as always otherwise.
     """
 
-    def __init__(self, config: ModelConfig, specs: list[FeatureSpec]) -> None:
+    def __init__(self, config: ModelConfig, specs: list[FeatureSpec], compute_dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.compute_dtype = config, compute_dtype
         hidden = config.hidden_size
         self.item_gru_layers = nn.GRU(config.embedding_size, hidden, config.num_layers, bias=False)
         self.feature_embed_layer: FeatureEmbedding | None = None
@@ -66,13 +67,18 @@ class SessionEncoder(nn.Module):
         Returns:
             queries [T, D]: their dot products with `candidate rows <transform_rows>` are the scores.
         """
-        embedded = self.dropout(rows[places])
-        hidden = _run(self.item_gru_layers, embedded, batch_sizes)
-        if self.feature_embed_layer is not None:
-            # Each distinct item's features are embedded once, however often it occurs.
-            described = self.dropout_feature(self.feature_embed_layer(features)[places])
-            hidden = torch.cat([hidden, _run(self.feature_gru_layers, described, batch_sizes)], dim=-1)
-        output = self.dense_layer(self.dropout_hidden(hidden))
+        # In here and not around the engine: DeepSpeed switches off an autocast that it was not told of.
+        half = self.training and self.compute_dtype is not None
+        with torch.autocast(rows.device.type, self.compute_dtype or torch.bfloat16, enabled=half):
+            embedded = self.dropout(rows[places])
+            hidden = _run(self.item_gru_layers, embedded, batch_sizes)
+            if self.feature_embed_layer is not None:
+                # Each distinct item's features are embedded once, however often it occurs.
+                described = self.dropout_feature(self.feature_embed_layer(features)[places])
+                hidden = torch.cat([hidden, _run(self.feature_gru_layers, described, batch_sizes)], dim=-1)
+            output = self.dense_layer(self.dropout_hidden(hidden))
+        # Scores and what follows them are not for half precision.
+        output = output.to(rows.dtype)
         if self.config.score == "cosine":
             output = transform_rows(output, "cosine")
         if self.config.learn_temperature:

@@ -128,6 +128,28 @@ def gather_counts(count: int, group: dist.ProcessGroup) -> list[int]:
     return gathered.tolist()
 
 
+class PendingSum:
+    """A sum over the ranks that is on its way. ``group`` must be on the CPU."""
+
+    def __init__(self, values: torch.Tensor, group: dist.ProcessGroup) -> None:
+        self._values = values
+        self._work = dist.all_reduce(values, group=group, async_op=True) if group.size() > 1 else None
+
+    def result(self) -> list[float]:
+        """The sums; waits for them the first time."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._values.tolist()
+
+
+def max_over_ranks(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Largest in place over the ranks, and return it."""
+    if group.size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    return values
+
+
 def sum_over_ranks(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Sum in place over the ranks, and return it."""
     if group.size() > 1:

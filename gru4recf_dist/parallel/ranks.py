@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 from collections.abc import Callable, Iterator
@@ -36,6 +37,11 @@ class Ranks:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+
+def add_launcher_argument(parser: argparse.ArgumentParser) -> None:
+    """Accept what the `deepspeed` launcher hands to every process; it is in the environment too."""
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
 def choose_device(name: str) -> torch.device:

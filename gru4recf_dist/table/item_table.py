@@ -132,15 +132,28 @@ class ShardedItemTable:
 
     # -- updating ----------------------------------------------------------------------------------------------------
 
-    def apply_gradients(self, lr: float) -> torch.Tensor:
+    def has_broken_gradient(self) -> torch.Tensor:
+        """Whether a gradient of this rank's rows is not finite, bool []."""
+        broken = [(~rows.grad.isfinite()).any() for _, rows in self._touched if rows.grad is not None]
+        return torch.stack(broken).any() if broken else torch.zeros((), dtype=torch.bool, device=self.weight.device)
+
+    def discard_gradients(self) -> None:
+        """Forget the gradients of the rows read since the last update."""
+        self._touched.clear()
+
+    def apply_gradients(self, lr: float, scale: float = 1.0) -> torch.Tensor:
         """Update the rows read since the last call with the mean over the ranks of their gradients.
 
-        Every rank's loss is scaled by W (see `trainer`), so the exchanged sums are divided by W here.
+        Every rank's loss is scaled by W (see `training_step`), so the exchanged sums are divided by W here.
+
+        Args:
+            scale: a further factor on the loss, which is divided out.
 
         Returns:
             the squared norm of this rank's share of the gradient, before clipping.
         """
         rows, gradient = self._coalesced()
+        gradient.div_(self.ranks.world * scale)
         squared = gradient.square().sum()
         if self.config.clip is not None:
             norm = collectives.sum_over_ranks(squared.clone(), self.ranks.table).sqrt()
@@ -149,7 +162,7 @@ class ShardedItemTable:
         return squared
 
     def _coalesced(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Distinct local rows, int64 [U], and their gradients [U, D]."""
+        """Distinct local rows, int64 [U], and the sums of their gradients [U, D]."""
         touched = [(local, rows.grad) for local, rows in self._touched if rows.grad is not None]
         self._touched.clear()
         if not touched:
@@ -157,7 +170,7 @@ class ShardedItemTable:
         rows, places = torch.unique(torch.cat([local for local, _ in touched]), return_inverse=True)
         gradient = self.weight.new_zeros(len(rows), self.dim)
         gradient.index_add_(0, places, torch.cat([grad for _, grad in touched]))
-        return rows, gradient.div_(self.ranks.world)
+        return rows, gradient
 
     # -- state -------------------------------------------------------------------------------------------------------
 

@@ -45,14 +45,14 @@ class _Killed(Exception):
 def train_until(ranks: Ranks, config: Config, last_step: int) -> None:
     """Train and die without a word after ``last_step``, whatever has been written by then."""
     trainer = Trainer(config, ranks)
-    step = trainer.step
+    update = trainer._update
 
-    def step_or_die(batch):
+    def update_or_die(batches):
         if trainer.progress.step == last_step:
             raise _Killed
-        return step(batch)
+        return update(batches)
 
-    trainer.step = step_or_die
+    trainer._update = update_or_die
     with pytest.raises(_Killed):
         trainer.train()
 

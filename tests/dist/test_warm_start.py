@@ -193,7 +193,7 @@ def test_the_earlier_run_may_be_a_url(tmp_path):
         ("model.fusion=item_only", "model.fusion: 'item_only'"),
         ("model.pooling=max", "model.pooling: 'max'"),
         ("model.features=[category,tags]", r"model.features: category \(token\), tags \(token_seq\), but"),
-        ("precision=fp64", "precision: 'fp64'"),
+        ("precision=fp64", "precision: 'fp64 weights'"),
         ("table.optimizer=adagrad", "table.optimizer: 'adagrad'"),
         ("optimizer.name=sgd", "optimizer.name: 'sgd'"),
     ],

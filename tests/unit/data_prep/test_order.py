@@ -145,6 +145,22 @@ def test_dates_with_offsets_are_one_time_line(tmp_path):
     assert times == [1714555800 * 10**6, 1714557600 * 10**6]
 
 
+def test_named_zone_is_that_of_its_own_line_only(tmp_path):
+    rows = [
+        ("s", "a", "2024-07-02 03:00:00 Europe/Berlin"),
+        ("s", "b", "2024-07-02"),
+        ("s", "c", "2024-07-02 00:00:00"),
+    ]
+    rows += [("s", "d", "2024-07-02 00:00:00 UTC"), ("s", "e", "2024-07-02T00:00:00Z")]
+    write_csv(tmp_path / "raw.csv", [*rows, *((f"s{n}", "a", "2024-01-01") for n in range(3) for _ in range(4))])
+    content = {"source": str(tmp_path / "raw.csv"), "output": str(tmp_path / "out"), "store_times": True}
+    run(content, input={"format": "csv", "time_format": "datetime"})
+    found = next(session for session in Prepared(tmp_path / "out").sessions("test") if len(session[2]) == 5)
+    # Berlin is two hours ahead of UTC in July.
+    assert found[2] == ["b", "c", "d", "e", "a"]
+    assert np.diff(found[3]).tolist() == [0, 0, 0, 3600 * 10**6]
+
+
 def test_gaps_cut_users_into_sessions(tmp_path):
     rng = np.random.default_rng(5)
     rows = [(f"u{rng.integers(8)}", f"i{n}", int(rng.integers(0, 4000))) for n in range(500)]

@@ -141,7 +141,6 @@ def test_writer_cuts_batches_anywhere(tmp_path):
     lengths = rng.integers(2, 9, 60)
     numbers = np.concatenate([np.arange(0, 60, 4), np.arange(1, 60, 4), np.arange(2, 60, 4), np.arange(3, 60, 4)])
     events = {
-        "stream": np.repeat(numbers % 4, lengths),
         "number": np.repeat(numbers, lengths),
         "item": rng.integers(1, 9, lengths.sum()),
     }
@@ -151,9 +150,8 @@ def test_writer_cuts_batches_anywhere(tmp_path):
             for start in range(0, int(lengths.sum()), rows)
         )
         folder = tmp_path / str(rows)
-        info = writer.write_split(
-            str(folder), "train", batches, shard_sessions=4, block_sessions=3, last_event_only=False
-        )
+        settings = {"streams": 4, "shard_sessions": 4, "block_sessions": 3, "last_event_only": False}
+        info = writer.split_info(list(writer.write_shards(batches, data=str(folder), split="train", **settings)))
         assert (info.sessions, info.events) == (60, lengths.sum())
         assert [shard.sessions for shard in info.shards] == [4, 4, 4, 3] * 4
         assert files_of(folder) == files_of(tmp_path / "1")

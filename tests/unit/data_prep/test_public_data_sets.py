@@ -1,6 +1,7 @@
 """The recipes of public data sets on small files in exactly their raw formats; all values are made up.
 
-Every sample holds what the real files are known for: ties, gaps, junk, and rows on both sides of a split's bounds.
+Every sample holds what the real files are known for: ties, gaps, junk, and rows on both sides of a split's bounds. The
+fixture `prepared` runs each recipe on both engines.
 """
 
 import gzip
@@ -10,20 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.prepare import prepare
-from data_prep.recipe import Recipe
-from gru4recf_dist import typed_yaml
+from tests.unit.data_prep.both_engines import ON_SPARK
 from tests.unit.data_prep.prepared import Prepared, feature_values
-
-RECIPES = Path(__file__).parents[3] / "configs/data"
-
-
-def prepared(name: str, source: Path, *overrides: str) -> Prepared:
-    """The shipped recipe as it is, but for the places of the files (and what a test overrides)."""
-    output = source.parent / "out"
-    changed = [f"source={source}", f"output={output}", "streams=1", "threads=2", *overrides]
-    prepare(typed_yaml.load(Recipe, str(RECIPES / f"{name}.yaml"), changed))
-    return Prepared(output)
 
 
 def events_after(data: Prepared, step: str) -> int:
@@ -44,7 +33,7 @@ def raw(tmp_path):
     return folder
 
 
-def test_yoochoose(raw):
+def test_yoochoose(raw, prepared):
     lines = []
     for session in range(1, 6):
         for minute, item in enumerate((214536502, 214536500, 214577561)):
@@ -70,7 +59,7 @@ def test_yoochoose(raw):
     assert not (raw.parent / "out/quarantine.jsonl").exists()
 
 
-def test_diginetica_raw(raw):
+def test_diginetica_raw(raw, prepared):
     views = ["sessionId;userId;itemId;timeframe;eventdate"]
     for session in range(1, 6):
         views += [f"{session};NA;{item};{item * 1000};2016-05-09" for item in (11, 12, 13)]
@@ -144,7 +133,7 @@ def retailrocket(raw: Path) -> None:
     (raw / "category_tree.csv").write_text("categoryid,parentid\n1338,\n")
 
 
-def test_retailrocket(raw):
+def test_retailrocket(raw, prepared):
     retailrocket(raw)
     data = prepared("retailrocket", raw)
     a, b, c = "355908", "248676", "318965"
@@ -155,7 +144,8 @@ def test_retailrocket(raw):
     assert feature_values(data, "category") == {a: "1400", b: "500", c: "7"}
 
 
-def test_retailrocket_with_other_properties_and_all_events(raw):
+@pytest.mark.parametrize("prepared", ["duckdb"], indirect=True)
+def test_retailrocket_with_other_properties_and_all_events(raw, prepared):
     retailrocket(raw)
     features = (
         "features=[{name: available, kind: token},{name: words, kind: token_seq, column: '888'},"
@@ -174,7 +164,7 @@ def otto_line(session: int, start: int, *events: tuple[int, str]) -> str:
     return json.dumps({"session": session, "events": listed})
 
 
-def test_otto(raw):
+def test_otto(raw, prepared):
     start = 1659304800025
     # Sessions end in the order of their numbers: the last two of twenty are valid.
     train = [otto_line(n, start + n * 1000, (59625, "clicks"), (1142000, "clicks")) for n in range(19)]
@@ -227,7 +217,7 @@ def check_movies(data: Prepared, genres: dict[str, list[str]], years: dict[str, 
     assert feature_values(data, "release_year") == years
 
 
-def test_ml_1m(raw):
+def test_ml_1m(raw, prepared):
     (raw / "ratings.dat").write_text("".join("::".join(map(str, row)) + "\n" for row in ratings()))
     movies = [
         '661::James and the "Giant" Peach (1996)::Animation|Children\'s|Musical',
@@ -250,8 +240,12 @@ def test_ml_1m(raw):
     check_movies(prepared("ml-1m", raw), genres, years)
 
 
-@pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_movielens_csv(raw, newline):
+@pytest.mark.parametrize(
+    ("newline", "prepared"),
+    [("\r\n", "duckdb"), ("\n", "duckdb"), pytest.param("\n", "spark", marks=ON_SPARK)],
+    indirect=["prepared"],
+)
+def test_movielens_csv(raw, prepared, newline):
     lines = ["userId,movieId,rating,timestamp", *(f"{u},{m},{r - 0.5},{t}" for u, m, r, t in ratings())]
     (raw / "ratings.csv").write_bytes((newline.join(lines) + newline).encode())
     movies = [
@@ -302,7 +296,7 @@ def write_lines(path: Path, objects: list[dict]) -> None:
 CSS = ".a-box-inner{background-color:#fff}#alohaBuyBoxWidget .selected{background-color:#fffbf3}"
 
 
-def test_amazon_2018(raw):
+def test_amazon_2018(raw, prepared):
     reviews = []
     for number, (user, asin, time) in enumerate(reviewed()):
         review = {"overall": 5.0, "verified": True, "reviewTime": "01 1, 2018", "reviewerID": user, "asin": asin}
@@ -369,7 +363,7 @@ def check_products_2023(data: Prepared) -> None:
     assert feature_values(data, "price") == pytest.approx(expected, abs=1e-6)
 
 
-def test_amazon_2023(raw):
+def test_amazon_2023(raw, prepared):
     reviews = []
     for number, (user, asin, time) in enumerate(reviewed()):
         review = {"rating": 4.0, "title": "t", "text": "t", "images": [], "asin": f"VARIANT{number}", "helpful_vote": 0}
@@ -382,7 +376,7 @@ def test_amazon_2023(raw):
     check_products_2023(data)
 
 
-def test_amazon_2023_5core(raw):
+def test_amazon_2023_5core(raw, prepared):
     rows = [f"{user},{asin},5.0,{time * 1000 + 123}" for user, asin, time in reviewed()]
     text = "\n".join(["user_id,parent_asin,rating,timestamp", *rows]) + "\n"
     (raw / "Video_Games.csv.gz").write_bytes(gzip.compress(text.encode()))

@@ -42,6 +42,15 @@ def test_shipped_recipes_are_valid(path):
         (["features=[{name: a, kind: token, extract: 'x'}]"], "extract: must have one group, not 0"),
         (["features=[{name: a, npy: a, npy_items: b, table: x}]"], "table is of no use with npy"),
         (["min_session_length=0"], "min_session_length: .*1"),
+        (["engine=spark", "threads=2"], r"threads is for engine duckdb; with spark use spark.master=local\[N\]"),
+        (
+            ["engine=spark", "memory_limit_gib=2"],
+            "memory_limit_gib is for engine duckdb; with spark use spark.settings",
+        ),
+        (["engine=spark", "output=memory://x"], "output: engine spark works in other processes"),
+        (["engine=spark", "spark.master=spark://host:7077"], "temporary_folder must be given with spark.master=spark:"),
+        (["spark.settings.executor.memory=8g"], "spark.settings: 'executor.memory' is no Spark setting"),
+        (["spark.settings.spark.master=yarn"], "spark.master has a key of its own"),
         (["memory_limit_gib=0"], "memory_limit_gib: .*0"),
     ],
 )
@@ -59,3 +68,12 @@ def test_every_key_is_documented():
                 yield from undocumented(inner, f"{prefix}{name}.")
 
     assert list(undocumented(Recipe)) == []
+
+
+def test_settings_of_spark_as_keys_or_nested():
+    """What YAML holds under one quoted key, an override of the command line gives level by level."""
+    overrides = ["spark.settings.spark.executor.memory=8g", "spark.settings.spark.sql.ansi.enabled=true"]
+    expected = {"spark.executor.memory": "8g", "spark.sql.ansi.enabled": "true"}
+    assert typed_yaml.load(Recipe, None, NEEDED + overrides).spark.settings == expected
+    given = {"name": "x", "source": "a", "output": "b", "spark": {"settings": expected}}
+    assert Recipe.model_validate(given).spark.settings == expected

@@ -39,11 +39,13 @@ def train_each(ranks: Ranks, configs: dict[str, object]) -> dict[str, dict[str, 
     return {name: train(ranks, config) for name, config in configs.items()}
 
 
-def run_each(world: int, tmp_path, data, variants: dict[str, tuple[str, ...]]) -> dict[str, tuple[dict, list[float]]]:
+def run_each(
+    world: int, tmp_path, data, variants: dict[str, tuple[str, ...]], device: str = "cpu"
+) -> dict[str, tuple[dict, list[float]]]:
     """Final state and losses of each variant, all in one launch."""
     folders = {name: tmp_path / f"{name}-{world}" for name in variants}
     configs = {name: small_config(data, folders[name], *overrides) for name, overrides in variants.items()}
-    states = run_ranks(world, train_each, tmp_path, configs)
+    states = run_ranks(world, train_each, tmp_path, configs, device=device)
     result = {}
     for name, folder in folders.items():
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

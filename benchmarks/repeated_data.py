@@ -9,13 +9,9 @@ import pyarrow as pa
 
 from data_prep import writer
 from gru4recf_dist.data import storage
+from gru4recf_dist.data.blocks import MAX_BLOCK_SESSIONS
 from gru4recf_dist.data.columns import concatenate
-from gru4recf_dist.data.shard_format import (
-    MAX_BLOCK_SESSIONS,
-    Manifest,
-    read_manifest,
-    write_manifest,
-)
+from gru4recf_dist.data.shard_format import Manifest, read_manifest, write_manifest
 from gru4recf_dist.data.shards import read_blocks
 
 SHARD_SESSIONS = 65536

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from gru4recf_dist.data import filesystems
-from gru4recf_dist.data.shard_format import MAX_BLOCK_SESSIONS
+from gru4recf_dist.data.blocks import MAX_BLOCK_SESSIONS
 from gru4recf_dist.data.storage_config import StorageConfig
 from gru4recf_dist.section import Section
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gru4recf_dist.data.shard_format import Block, ShardInfo, SplitInfo, write_shard
+from gru4recf_dist.data.blocks import Block
+from gru4recf_dist.data.shard_format import ShardInfo, SplitInfo, write_shard
 
 # The chosen number of streams gives a stream about this many sessions.
 SESSIONS_PER_STREAM = 4096

@@ -23,7 +23,8 @@ from gru4recf_dist import trained_run
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.batches import pack_histories
-from gru4recf_dist.data.shard_format import PADDING_ID, Block, Manifest, file_url
+from gru4recf_dist.data.blocks import Block
+from gru4recf_dist.data.shard_format import PADDING_ID, Manifest, file_url
 from gru4recf_dist.errors import UserError, exits_cleanly
 from gru4recf_dist.evaluation.topk import top_k
 from gru4recf_dist.parallel import collectives

@@ -33,6 +33,8 @@ _LASTING = (
 )
 # Of backends that need not be installed.
 _LASTING_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "InvalidRegionError"}
+# Of HTTP's refusals (4xx), those that mean "not now".
+_PASSING_STATUSES = {408, 425, 429}
 # Nobody is there, as far as one can tell.
 _UNREACHABLE_NAMES = {"EndpointConnectionError", "ClientConnectorError", "ConnectionRefusedError", "gaierror"}
 # An endpoint that never answered is more likely mistyped than down: not worth minutes.
@@ -96,6 +98,7 @@ def is_passing(error: BaseException) -> bool:
         isinstance(error, Exception)
         and not isinstance(error, _LASTING)
         and not is_behind_the_end(error)
+        and not _is_refusal(error)
         and not any(kind.__name__ in _LASTING_NAMES for kind in type(error).__mro__)
     )
 
@@ -104,6 +107,12 @@ def is_behind_the_end(error: BaseException) -> bool:
     """Whether storage refused a range because the file ends before it (S3's InvalidRange, HTTP's 416)."""
     text = str(error).lower()
     return "range" in text and "satisfiable" in text
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether an HTTP server answered that it will not do this."""
+    status = getattr(error, "status", None)
+    return isinstance(status, int) and 400 <= status < 500 and status not in _PASSING_STATUSES
 
 
 def _attempts(url: str, error: BaseException) -> int:

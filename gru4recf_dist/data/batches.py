@@ -8,8 +8,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from gru4recf_dist.data.blocks import Block
 from gru4recf_dist.data.columns import ragged_arange, ragged_indices, slice_sessions
-from gru4recf_dist.data.shard_format import PADDING_ID, Block
+from gru4recf_dist.data.shard_format import PADDING_ID
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class FileCache:
         It may be removed at any time to make room: open it at once and, if it is gone, ask again.
 
         Returns:
-            None if the file is larger than the cache, the folder cannot take it, or what came from the source is not
+            None if the file has no room in the cache, the folder cannot take it, or what came from the source is not
             that file: then it is for the caller to read the source and to say what is wrong with it.
 
         Raises:
@@ -64,33 +64,38 @@ class FileCache:
                     os.utime(path)
                     return path
                 return path if self._fetch(path, size_bytes, open_source) else None
-        except OSError as error:
-            # A cache that is full or broken costs time, not the run.
-            _log.warning("storage.cache_folder: %s is not cached (%s)", path, error.strerror or error)
+        except (OSError, NotImplementedError) as error:
+            # NotImplementedError: a file system without locks. A cache that is full or broken costs time, not the run.
+            _log.warning("storage.cache_folder: %s is not cached (%s)", path, getattr(error, "strerror", None) or error)
             return None
 
     def _fetch(self, path: Path, size_bytes: int, open_source: Callable[[], Source]) -> bool:
         part = path.with_name(f"{path.name}.part")
         digest = hashlib.sha256()
         try:
-            with open_source() as stream, open(part, "wb") as target:
+            # One process makes room at a time, or each would count on the other's.
+            with FileLock(self._folder / "cache.lock"):
+                if not self._make_room(size_bytes, besides=part):
+                    return False
+                # At its full length from the beginning: so the others know what it is going to take.
+                with open(part, "wb") as target:
+                    target.truncate(size_bytes)
+            with open_source() as stream, open(part, "r+b") as target:
                 while content := stream.read(CHUNK_BYTES):
                     digest.update(content)
                     target.write(content)
                     # A source without end must not fill the disk.
                     if target.tell() > size_bytes:
                         return False
-            if digest.hexdigest() != path.name:
-                return False
-            # One process makes room at a time, or each would count on the other's.
-            with FileLock(self._folder / "cache.lock"):
-                self._make_room(size_bytes, besides=part)
+                is_whole = target.tell() == size_bytes and digest.hexdigest() == path.name
+            if is_whole:
                 os.replace(part, path)
+            return is_whole
         finally:
             part.unlink(missing_ok=True)
-        return True
 
-    def _make_room(self, count: int, besides: Path) -> None:
+    def _make_room(self, count: int, besides: Path) -> bool:
+        """Remove files until ``count`` bytes more are within the bound; False if what is being fetched takes it up."""
         held, whole = count, []
         for path in self._folder.iterdir():
             with contextlib.suppress(FileNotFoundError):
@@ -99,12 +104,15 @@ class FileCache:
                     held += whole[-1][1]
                 elif path.suffix == ".part" and path != besides and not self._is_abandoned(path):
                     held += path.stat().st_size
+        if held - sum(size for _, size, _ in whole) > self._bound:
+            return False
         for _, size, path in sorted(whole):
             if held <= self._bound:
                 break
             # Whoever is reading it has it open, and reads on.
             path.unlink(missing_ok=True)
             held -= size
+        return True
 
     def _is_abandoned(self, part: Path) -> bool:
         """Remove the part of a process that was killed; False if its writer lives."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gru4recf_dist.data.shard_format import Block
+from gru4recf_dist.data.blocks import Block
 
 
 def ragged_arange(lengths: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 
@@ -14,14 +15,20 @@ from gru4recf_dist.errors import UserError, hide
 # A URL may come from a manifest, which is untrusted: only protocols that name plain storage are opened.
 PROTOCOLS = frozenset({"file", "local", "memory", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "http", "https"})
 
-# Where the S3 client finds what must not be shown.
+# Where the clients of S3 and Azure find what must not be shown.
 _SECRET_VARIABLES = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "AZURE_STORAGE_CLIENT_SECRET",
+    "AZURE_STORAGE_CONNECTION_STRING",
+    "AZURE_STORAGE_SAS_TOKEN",
 )
+# A number of so many digits is a credential, not a setting.
+_SHORTEST_NUMBER = 8
 
 _settings = StorageConfig()
 
@@ -39,8 +46,12 @@ def configure(settings: StorageConfig) -> None:
 
 
 def hide_environment() -> None:
-    """Leave what the environment says of object storage out of all messages from now on."""
-    hide(value for name in _SECRET_VARIABLES if (value := os.environ.get(name)))
+    """Leave what the environment says of object storage out of all messages from now on.
+
+    fsspec's own defaults are from `FSSPEC_S3_KEY` and the like, and from its configuration file.
+    """
+    hide(_texts([value for name in _SECRET_VARIABLES if (value := os.environ.get(name))]))
+    hide(_texts(fsspec.config.conf))
 
 
 def settings() -> StorageConfig:
@@ -67,7 +78,7 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     except ImportError as error:
         raise UserError(f"{url}: {error}") from error
     except (TypeError, ValueError) as error:
-        raise UserError(f"{url}: storage.options.{protocol}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{url}: storage.options.{protocol}: {str(error).partition(chr(10))[0]}") from error
 
 
 def protocol_of(url: str) -> str:
@@ -89,7 +100,7 @@ def is_remote(url: str) -> bool:
 
 
 def _texts(tree: Any) -> Iterator[str]:
-    """Every text in nested options."""
+    """Every text in nested options; of a URL also its server alone, as messages name it."""
     if isinstance(tree, dict):
         for value in tree.values():
             yield from _texts(value)
@@ -98,3 +109,11 @@ def _texts(tree: Any) -> Iterator[str]:
             yield from _texts(value)
     elif isinstance(tree, str):
         yield tree
+        if "://" in tree:
+            try:
+                address = urlsplit(tree)
+            except ValueError:
+                return
+            yield from filter(None, (address.netloc, address.netloc.rpartition("@")[2], address.hostname))
+    elif isinstance(tree, int) and len(str(tree)) >= _SHORTEST_NUMBER:
+        yield str(tree)

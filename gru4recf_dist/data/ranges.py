@@ -6,6 +6,7 @@ A connection that breaks costs the range it was fetching, which is asked for aga
 from __future__ import annotations
 
 import io
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -32,9 +33,9 @@ class RangedReader(io.RawIOBase):
             storage but the ranges themselves, the first of which are on their way when this returns.
 
     Raises:
-        FileNotFoundError, PermissionError: in time or at the first read.
-        DamagedFile: while reading: the file is shorter or longer than ``size_bytes``.
-        UserError: storage went on failing.
+        FileNotFoundError, PermissionError: when it is made, without ``size_bytes``.
+        DamagedFile: while reading: there is no such file, or it is shorter or longer than ``size_bytes``.
+        UserError: it may not be read, or storage went on failing.
     """
 
     def __init__(self, url: str, size_bytes: int | None = None) -> None:
@@ -43,7 +44,7 @@ class RangedReader(io.RawIOBase):
         self._fs, self._path = filesystems.filesystem(url)
         self._size_is_given = size_bytes is not None
         if size_bytes is None:
-            size_bytes = int(attempted(url, lambda: call(self._fs, "info", self._path))["size"])
+            size_bytes = attempted(url, self._ask_size)
         self._size = size_bytes
         self._range_bytes = int(settings.range_mib * MIB)
         self._ahead_ranges = settings.ahead_ranges
@@ -71,6 +72,8 @@ class RangedReader(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer) -> int:
+        if self.closed:
+            raise ValueError(f"{self._url}: reading from a closed file")
         if self._position >= self._size:
             return 0
         number, offset = divmod(self._position, self._range_bytes)
@@ -101,9 +104,10 @@ class RangedReader(io.RawIOBase):
             self._content = self._fetch(number)
         else:
             try:
-                self._content = future.result()
+                # Not waited for if it waits for a thread itself: all of them may be filling the cache, from ranges.
+                self._content = self._fetch(number) if future.cancel() else future.result()
             finally:
-                _held.release(self._range_bytes)
+                _held.release(self._length(number))
         self._current = number
         # A reader that jumps about, as of Parquet, gets what it asks for only.
         if forwards:
@@ -113,33 +117,49 @@ class RangedReader(io.RawIOBase):
         for number in range(first, first + self._ahead_ranges):
             if number * self._range_bytes >= self._size or number in self._ahead:
                 continue
-            if not _held.acquire(self._range_bytes):
+            if not _held.acquire(self._length(number)):
                 return
             self._ahead[number] = in_background(lambda number=number: self._fetch(number))
 
     def _drop(self, number: int) -> None:
         self._ahead.pop(number).cancel()
-        _held.release(self._range_bytes)
+        _held.release(self._length(number))
+
+    def _length(self, number: int) -> int:
+        return min(self._range_bytes, self._size - number * self._range_bytes)
 
     def _fetch(self, number: int) -> bytes:
-        return attempted(self._url, lambda: self._request(number))
+        try:
+            return attempted(self._url, lambda: self._request(number))
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise DamagedFile(f"{self._url}: no such file") from error
+        except PermissionError as error:
+            raise UserError(f"{self._url}: permission denied") from error
+
+    def _ask_size(self) -> int:
+        size = call(self._fs, "info", self._path)["size"]
+        if size is None:
+            raise UserError(f"{self._url}: its server does not tell its size")
+        return int(size)
 
     def _request(self, number: int) -> bytes:
         start = number * self._range_bytes
-        stop = min(start + self._range_bytes, self._size)
+        stop = start + self._length(number)
         # One byte more than there should be tells a file that is too long.
         probe = 1 if self._size_is_given and stop == self._size else 0
         try:
             content = call(self._fs, "cat_file", self._path, start=start, end=stop + probe)
-        except OSError as error:
+        except Exception as error:
             if not is_behind_the_end(error):
                 raise
             content = b""
+        if len(content) > stop - start + probe:
+            raise UserError(f"{self._url}: its server sends whole files where a range is asked for")
         if len(content) > stop - start:
             raise DamagedFile(f"{self._url}: longer than the {self._size} bytes it should have")
         if len(content) < stop - start:
             # Either the file ends before its time, or the connection did.
-            size = int(call(self._fs, "info", self._path)["size"])
+            size = self._ask_size()
             if size < stop:
                 raise DamagedFile(f"{self._url}: truncated, {size} bytes of {self._size}")
             raise ConnectionError(f"{len(content)} of {stop - start} bytes came")
@@ -166,9 +186,19 @@ class _Held:
             self._bytes -= count
 
 
-_held = _Held()
-_work: queue.SimpleQueue[tuple[Future, Callable]] = queue.SimpleQueue()
-_threads: list[threading.Thread] = []
+def _start_anew() -> None:
+    """A process that was forked has none of its parent's threads, and what they had to do is not for it."""
+    global _held, _work, _threads, _threads_lock
+    _held, _threads, _threads_lock = _Held(), [], threading.Lock()
+    _work = queue.SimpleQueue()
+
+
+_held: _Held
+_work: queue.SimpleQueue[tuple[Future, Callable]]
+_threads: list[threading.Thread]
+_threads_lock: threading.Lock
+_start_anew()
+os.register_at_fork(after_in_child=_start_anew)
 
 
 def in_background(function: Callable[[], object]) -> Future:
@@ -178,15 +208,17 @@ def in_background(function: Callable[[], object]) -> Future:
     """
     future: Future = Future()
     _work.put((future, function))
-    if len(_threads) < THREADS:
-        _threads.append(threading.Thread(target=_serve, daemon=True, name="storage"))
-        _threads[-1].start()
+    with _threads_lock:
+        if len(_threads) < THREADS:
+            thread = threading.Thread(target=_serve, args=(_work,), daemon=True, name="storage")
+            thread.start()
+            _threads.append(thread)
     return future
 
 
-def _serve() -> None:
+def _serve(work: queue.SimpleQueue[tuple[Future, Callable]]) -> None:
     while True:
-        future, function = _work.get()
+        future, function = work.get()
         if not future.set_running_or_notify_cancel():
             continue
         try:

@@ -1,7 +1,8 @@
-"""Reading shards through WebDataset's own stages, from any fsspec URL.
+"""Reading shards with WebDataset's pipeline, from any fsspec URL.
 
-WebDataset opens `s3://` and the like only through `pipe:` commands and decodes pickles by default. Both are left out:
-files are opened by fsspec, members are parsed as plain arrays, and what was read is checked against the manifest.
+WebDataset opens `s3://` and the like only through `pipe:` commands, decodes pickles by default, and unpacks what is
+compressed or sparse, however large it becomes. All that is left out: files are opened by fsspec, a tar is read header
+by header, members are parsed as plain arrays, and what was read is checked against the manifest.
 """
 
 from __future__ import annotations
@@ -17,19 +18,18 @@ from pathlib import Path
 from typing import IO
 
 import webdataset as wds
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from gru4recf_dist.data import filesystems, storage
+from gru4recf_dist.data.blocks import Block, check_member, decode_block, lost_sessions
 from gru4recf_dist.data.cache import GIB, FileCache
 from gru4recf_dist.data.ranges import DamagedFile, RangedReader, in_background
-from gru4recf_dist.data.shard_format import Block, ShardInfo, check_member, decode_block, file_url, lost_sessions
+from gru4recf_dist.data.shard_format import ShardInfo, file_url
 from gru4recf_dist.errors import UserError, redacted
 
 _log = logging.getLogger(__name__)
 
 READ_BYTES = 1 << 20
-# Where a tar that is not compressed has its mark: tarfile would unpack anything, a bomb too.
-_MAGIC, _MAGIC_AT = b"ustar", 257
 
 
 class Shard:
@@ -79,17 +79,11 @@ class Shard:
             blocks = [lost_sessions(lost)] if lost else []
         yield from blocks
 
-    def close(self) -> None:
-        """Give up what was fetched ahead."""
-        if self._reader is not None:
-            self._reader.close()
-
     def _checked_blocks(self) -> Iterator[Block]:
         pipeline = wds.DataPipeline(
             lambda: iter([{"url": self.url}]),
             self._open,
-            tar_file_expander,
-            self._known_members,
+            self._members,
             group_by_keys,
             wds.map(lambda sample: decode_block(sample, self.url, self._items)),
         )
@@ -105,12 +99,10 @@ class Shard:
                 last = block
         except UserError:
             raise
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            raise DamagedFile(f"{self.url}: no such file") from error
-        except PermissionError as error:
-            raise UserError(f"{self.url}: permission denied") from error
         except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError) as error:
-            raise DamagedFile(f"{self.url}: cannot be read ({type(error).__name__}: {_reason(error)})") from error
+            raise DamagedFile(
+                f"{self.url}: cannot be read ({type(error).__name__}: {storage.first_line(error)})"
+            ) from error
         if (sessions, events) != (self.info.sessions, self.info.events):
             raise DamagedFile(
                 f"{self.url}: holds {sessions} sessions and {events} events, "
@@ -129,30 +121,44 @@ class Shard:
                 yield {"url": sample["url"], "stream": stream}
                 stream.verify()
 
-    def _known_members(self, members: Iterable[dict]) -> Iterator[dict]:
-        for member in members:
-            # WebDataset ends each shard with an empty one.
-            if member:
-                check_member(member["fname"], self.url)
-            yield member
+    def _members(self, samples: Iterable[dict]) -> Iterator[dict]:
+        """In place of WebDataset's `tar_file_expander`: name and content of every member, which must be a known one.
+
+        A size is held against the file's before anything is read, and no header but a plain file's is followed.
+        """
+        for sample in samples:
+            stream = sample["stream"]
+            # The tar ends with blocks of zeros.
+            while any(header := stream.read(tarfile.BLOCKSIZE)):
+                member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    raise DamagedFile(f"{self.url}: member {member.name!r} is not a plain file")
+                check_member(member.name, self.url)
+                if not 0 <= member.size <= stream.left:
+                    raise DamagedFile(f"{self.url}: member {member.name!r} is larger than the shard")
+                content = stream.read(member.size)
+                stream.read(-member.size % tarfile.BLOCKSIZE)
+                yield {"fname": member.name, "data": content, "__url__": sample["url"]}
+            # WebDataset's mark of a shard's end.
+            yield {}
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[IO[bytes]]:
-        cached = self._cached.result() if self._cached is not None else None
-        if cached is not None:
+        with self._open_cached() or self._open_source() as stream:
+            yield stream
+
+    def _open_cached(self) -> IO[bytes] | None:
+        path = self._cached.result() if self._cached is not None else None
+        if path is not None:
             # Another process may have made room in the cache just now.
             with contextlib.suppress(FileNotFoundError):
-                stream = open(cached, "rb")  # noqa: SIM115 (closed by the `with` below)
-                with stream:
-                    yield stream
-                return
-        if filesystems.is_remote(self.url):
-            reader = self._reader or RangedReader(self.url, self.info.bytes)
-            with io.BufferedReader(reader, READ_BYTES) as stream:
-                yield stream
-            return
-        with storage.open_read(self.url) as stream:
-            yield stream
+                return open(path, "rb")
+        return None
+
+    def _open_source(self) -> contextlib.AbstractContextManager[IO[bytes]]:
+        if not filesystems.is_remote(self.url):
+            return storage.open_read(self.url)
+        return io.BufferedReader(self._reader or RangedReader(self.url, self.info.bytes), READ_BYTES)
 
 
 class _CheckedStream:
@@ -162,32 +168,32 @@ class _CheckedStream:
         self._stream, self._url, self._info = stream, url, info
         self._sha256 = hashlib.sha256()
         self._bytes = 0
-        self._head = stream.read(_MAGIC_AT + len(_MAGIC))
-        if not self._head.startswith(_MAGIC, _MAGIC_AT):
-            raise DamagedFile(f"{url}: not a tar file")
 
-    def read(self, size: int = -1) -> bytes:
-        head, self._head = self._head, b""
-        content = head + self._stream.read(size if size < 0 else max(size - len(head), 0))
-        self._sha256.update(content)
-        self._bytes += len(content)
-        if self._bytes > self._info.bytes:
+    @property
+    def left(self) -> int:
+        """Bytes that are still to come."""
+        return self._info.bytes - self._bytes
+
+    def read(self, size: int) -> bytes:
+        """The next ``size`` bytes, fewer at the end; piece by piece, since Python reserves memory for all of a read."""
+        pieces = []
+        while size and (piece := self._stream.read(min(size, READ_BYTES))):
+            self._sha256.update(piece)
+            self._bytes += len(piece)
+            size -= len(piece)
+            pieces.append(piece)
+        if self.left < 0:
             raise DamagedFile(f"{self._url}: longer than the {self._info.bytes} bytes it should have")
-        return content
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def verify(self) -> None:
         """Read what tar left unread and compare the whole with the manifest."""
         while self.read(READ_BYTES):
             pass
-        if self._bytes < self._info.bytes:
+        if self.left:
             raise DamagedFile(f"{self._url}: truncated, {self._bytes} bytes of {self._info.bytes}")
         if self._sha256.hexdigest() != self._info.sha256:
             raise DamagedFile(f"{self._url}: its sha256 is not the manifest's, the file is damaged")
-
-
-def _reason(error: BaseException) -> str:
-    """What happened, in one line, without the stream object that webdataset writes behind it."""
-    return storage.first_line(error).partition(" @ <")[0]
 
 
 def read_blocks(data: str, info: ShardInfo, items: int, on_bad_shard: str = "fail") -> Iterator[Block]:

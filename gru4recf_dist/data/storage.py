@@ -7,16 +7,18 @@ for a moment is tried again (`attempts`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import tokenize
 import uuid
-from collections.abc import Iterator
-from typing import IO, Any
+from collections.abc import Callable, Iterator
+from typing import IO, Any, TypeVar
 
 import fsspec
 import numpy as np
@@ -24,12 +26,21 @@ from numpy.lib import format as npy_format
 
 from gru4recf_dist.data.attempts import attempted, call
 from gru4recf_dist.data.filesystems import filesystem, is_local, is_remote
-from gru4recf_dist.data.ranges import RangedReader
+from gru4recf_dist.data.ranges import DamagedFile, RangedReader
 from gru4recf_dist.errors import UserError
 
 READ_BYTES = 1 << 18
 LARGEST_SINGLE_UPLOAD = 64 << 20
 UPLOAD_PART_BYTES = 16 << 20
+# numpy and others quote all that they do not understand.
+LONGEST_REASON = 300
+# numpy takes 10000 characters at most, but reads as many as the file claims before it counts them.
+NPY_HEADER_BYTES = 1 << 16
+_NPY_VERSIONS = {(1, 0), (2, 0), (3, 0)}
+# A disk that can take no more, whoever writes.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
+Result = TypeVar("Result")
 
 # What numpy's parser of a damaged or hostile `.npy` header raises.
 NPY_HEADER_ERRORS = (
@@ -46,8 +57,9 @@ NPY_HEADER_ERRORS = (
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception's text: a `UserError` is one line."""
-    return (str(error.args[0]) if error.args else type(error).__name__).split("\n")[0]
+    """The first line of an exception's text, without Python objects: a `UserError` is one readable line."""
+    text = (str(error.args[0]) if error.args else type(error).__name__).split("\n")[0]
+    return re.sub(r": <\S+ object at 0x\w+>", "", text)[:LONGEST_REASON]
 
 
 def local_path(url: str) -> str:
@@ -62,13 +74,29 @@ def join(url: str, *parts: str) -> str:
 def _type(url: str) -> str | None:
     """``file``, ``directory``, or None if nothing is there."""
     fs, path = filesystem(url)
+
+    def ask() -> str | None:
+        try:
+            # Not `fs.exists`, which takes any failure for an answer.
+            return call(fs, "info", path)["type"]
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    return _answered(url, ask)
+
+
+def _answered(url: str, request: Callable[[], Result]) -> Result:
+    """`attempted`, where any failure is a `UserError`."""
     try:
-        # Not `fs.exists`, which takes any failure for an answer.
-        return attempted(url, lambda: call(fs, "info", path))["type"]
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+        return attempted(url, request)
     except PermissionError as error:
         raise _refused(url) from error
+    except OSError as error:
+        raise UserError(f"{url}: {_reason(error)}") from error
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or first_line(error)
 
 
 def exists(url: str) -> bool:
@@ -90,15 +118,22 @@ def list_names(url: str) -> list[str]:
     if not is_folder(url):
         return []
     fs, path = filesystem(url)
-    names = attempted(url, lambda: call(fs, "ls", path, detail=False))
+
+    def ask() -> list[str]:
+        # Another process may remove it in between.
+        with contextlib.suppress(FileNotFoundError):
+            return call(fs, "ls", path, detail=False)
+        return []
+
+    names = _answered(url, ask)
     # Object stores may list the folder itself.
     return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in names if name.rstrip("/") != path.rstrip("/")})
 
 
 def make_folder(url: str) -> None:
-    """Create a folder and its parents (a no-op on object storage, which has none)."""
+    """Create a folder and its parents (a no-op on object storage, which has none). Errors as `exists`."""
     fs, path = filesystem(url)
-    attempted(url, lambda: call(fs, "makedirs", path, exist_ok=True))
+    _answered(url, lambda: call(fs, "makedirs", path, exist_ok=True))
 
 
 def is_writable(url: str) -> bool:
@@ -112,7 +147,7 @@ def is_writable(url: str) -> bool:
 
 
 def remove_tree(url: str) -> None:
-    """Remove a file or folder with all it holds; nothing happens if it is not there."""
+    """Remove a file or folder with all it holds; nothing happens if it is not there. Errors as `exists`."""
     fs, path = filesystem(url)
 
     def remove() -> None:
@@ -120,7 +155,7 @@ def remove_tree(url: str) -> None:
             call(fs, "rm", path, recursive=True)
 
     if exists(url):
-        attempted(url, remove)
+        _answered(url, remove)
 
 
 @contextlib.contextmanager
@@ -128,14 +163,14 @@ def open_read(url: str) -> Iterator[IO[bytes]]:
     """Open for reading.
 
     Raises:
-        UserError: there is no such file, or it may not be read; the line names it. Reading from remote storage raises
-            it too, if that goes on failing.
+        DamagedFile: there is no such file; the line names it.
+        UserError: it may not be read. Reading from remote storage raises it too, if that goes on failing.
     """
     fs, path = filesystem(url)
     try:
         stream = io.BufferedReader(RangedReader(url), READ_BYTES) if is_remote(url) else fs.open(path, "rb")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise UserError(f"{url}: no such file") from error
+        raise DamagedFile(f"{url}: no such file") from error
     except PermissionError as error:
         raise _refused(url) from error
     with stream:
@@ -152,6 +187,9 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
 
     A local file is written beside its place and renamed. For an object store the content is collected in a temporary
     file first, so that an upload that breaks can be made again.
+
+    Raises:
+        UserError: the file cannot be written, or the disk is full.
     """
     fs, path = filesystem(url)
     if not is_local(url):
@@ -167,7 +205,7 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         opened = open(temporary, "wb")  # noqa: SIM115 (closed by the `with` below)
     except OSError as error:
-        raise UserError(f"{url}: cannot be written ({error.strerror})") from error
+        raise _unwritable(url, error) from error
     try:
         with opened as stream:
             yield stream
@@ -175,10 +213,17 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
+        # Not every error of the block is this file's.
+        if isinstance(error, OSError) and (error.errno in _FULL or error.filename == temporary):
+            raise _unwritable(url, error) from error
         raise
+
+
+def _unwritable(url: str, error: OSError) -> UserError:
+    return UserError(f"{url}: cannot be written ({_reason(error)})")
 
 
 def read_bytes(url: str) -> bytes:
@@ -222,7 +267,7 @@ def _upload(url: str, fs: fsspec.AbstractFileSystem, path: str, stream: IO[bytes
     try:
         attempted(url, upload)
     except OSError as error:
-        raise UserError(f"{url}: cannot be written ({error.strerror or first_line(error)})") from error
+        raise _unwritable(url, error) from error
 
 
 def read_json(url: str) -> Any:
@@ -271,24 +316,46 @@ def read_npy_rows(url: str, start: int = 0, stop: int | None = None) -> np.ndarr
         start = min(start, stop)
         row_shape = shape[1:]
         row_bytes = dtype.itemsize * math.prod(row_shape)
-        try:
-            stream.seek(start * row_bytes, os.SEEK_CUR)
-            content = stream.read((stop - start) * row_bytes)
-        except (OverflowError, MemoryError) as error:
-            raise UserError(f"{url}: its header says {shape}, more than a file can hold") from error
+        first = stream.tell()
+        # Before anything is read: Python reserves memory for all that a read asks for.
+        if start < stop and first + stop * row_bytes > stream.seek(0, os.SEEK_END):
+            raise UserError(f"{url}: truncated, its header says {shape} but rows {start} to {stop} are not all there")
+        stream.seek(first + start * row_bytes if start < stop else first)
+        content = stream.read((stop - start) * row_bytes)
     if len(content) != (stop - start) * row_bytes:
-        raise UserError(f"{url}: truncated, rows {start} to {stop} are not all there")
-    return np.frombuffer(content, dtype=dtype).reshape(stop - start, *row_shape).copy()
+        raise UserError(f"{url}: truncated while it was read")
+    try:
+        return np.frombuffer(content, dtype=dtype).reshape(stop - start, *row_shape).copy()
+    except ValueError as error:
+        # No rows, or rows of one byte, may claim any number of dimensions of any size.
+        raise UserError(f"{url}: no array can have its shape ({first_line(error)})") from error
 
 
 def _read_header(url: str, stream: IO[bytes]) -> tuple[np.dtype, tuple[int, ...]]:
     """Type and shape of the `.npy` file at whose start ``stream`` is, which is left at the first row."""
     try:
-        major, _ = npy_format.read_magic(stream)
-        read_header = npy_format.read_array_header_1_0 if major == 1 else npy_format.read_array_header_2_0
-        shape, fortran_order, dtype = read_header(stream)
+        header = _Header(stream)
+        version = npy_format.read_magic(header)
+        if version not in _NPY_VERSIONS:
+            raise ValueError(f"version {version[0]}.{version[1]}")
+        read_header = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
+        shape, fortran_order, dtype = read_header(header)
     except NPY_HEADER_ERRORS as error:
         raise UserError(f"{url}: not a .npy file ({first_line(error)})") from error
-    if dtype.hasobject or not dtype.itemsize or fortran_order or not shape or min(shape) < 0:
-        raise UserError(f"{url}: must be a plain C-ordered array, not {dtype} of shape {shape}")
+    # Python counts True as 1, numpy does not.
+    is_countable = shape and all(type(size) is int and size >= 0 for size in shape) and 0 not in shape[1:]
+    if dtype.kind not in "biufc" or fortran_order or not is_countable:
+        raise UserError(f"{url}: must be a plain C-ordered array of numbers, not {dtype.kind!r} of shape {shape}")
     return dtype, shape
+
+
+class _Header:
+    """The first bytes of a stream, and no more of it."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._left = stream, NPY_HEADER_BYTES
+
+    def read(self, size: int) -> bytes:
+        content = self._stream.read(min(size, self._left))
+        self._left -= len(content)
+        return content

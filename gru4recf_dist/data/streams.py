@@ -17,7 +17,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from gru4recf_dist.config import LoaderConfig
 from gru4recf_dist.data import assignment, columns, filesystems
-from gru4recf_dist.data.shard_format import Block, Manifest, ShardInfo
+from gru4recf_dist.data.blocks import Block
+from gru4recf_dist.data.shard_format import Manifest, ShardInfo
 from gru4recf_dist.data.shards import Shard
 from gru4recf_dist.data.worker_processes import in_workers
 from gru4recf_dist.errors import UserError
@@ -147,8 +148,17 @@ class _StreamParts(IterableDataset):
     def __iter__(self) -> Iterator[Block]:
         info = get_worker_info()
         if info:
+            filesystems.hide_environment()
             filesystems.configure(self.storage)
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        try:
+            yield from self._parts(*((info.id, info.num_workers) if info else (0, 1)))
+        except UserError as error:
+            # An exception that leaves a worker process comes back with that process's traceback as its text.
+            if info is None:
+                raise
+            yield _Failure(str(error))
+
+    def _parts(self, worker: int, workers: int) -> Iterator[Block]:
         mine = assignment.streams_of(len(self.shards), self.rank, self.world, worker, workers)
         streams = [
             Stream(
@@ -165,14 +175,7 @@ class _StreamParts(IterableDataset):
         at_a_time = max(1, SESSIONS_AT_A_TIME // (self.per_stream * len(mine)))
         for done in range(0, self.steps, at_a_time):
             steps = min(at_a_time, self.steps - done)
-            try:
-                taken = [columns.concatenate(stream.take(self.per_stream * steps)) for stream in streams]
-            except UserError as error:
-                # An exception that leaves a worker process comes back with that process's traceback as its text.
-                if info is None:
-                    raise
-                yield _Failure(str(error))
-                return
+            taken = [columns.concatenate(stream.take(self.per_stream * steps)) for stream in streams]
             yield from columns.interleave(taken, self.per_stream, steps)
 
 

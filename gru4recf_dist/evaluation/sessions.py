@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gru4recf_dist.data import assignment, columns
-from gru4recf_dist.data.shard_format import Block, Manifest
+from gru4recf_dist.data.blocks import Block
+from gru4recf_dist.data.shard_format import Manifest
 from gru4recf_dist.data.shards import read_blocks
 
 

@@ -111,15 +111,23 @@ def wait_for_all(ranks: Ranks) -> None:
 
 
 def from_first(ranks: Ranks, compute: Callable[[], Any]) -> Any:
-    """What ``compute`` returns on rank 0, on every rank; a `UserError` there is raised everywhere."""
+    """What ``compute`` returns on rank 0, on every rank; a `UserError` there is raised everywhere.
+
+    Whatever else is raised there ends the others with a `UserError` too: they would wait for rank 0 until a time-out.
+    """
     answer: list[Any] = [None]
+    bug: Exception | None = None
     if ranks.is_first:
         try:
             answer = [compute()]
         except UserError as error:
             answer = [error]
+        except Exception as error:
+            bug, answer = error, [UserError(f"rank 0 ended with {type(error).__name__}")]
     if ranks.world > 1:
         dist.broadcast_object_list(answer, src=0, group=ranks.host)
+    if bug is not None:
+        raise bug
     if isinstance(answer[0], UserError):
         raise answer[0]
     return answer[0]

@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gru4recf_dist.data import storage
+from gru4recf_dist.data.blocks import Block
 from gru4recf_dist.data.columns import slice_sessions
 from gru4recf_dist.data.shard_format import (
     POPULARITY,
     TOKENS,
-    Block,
     Feature,
     Manifest,
     ShardInfo,

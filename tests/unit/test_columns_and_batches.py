@@ -18,7 +18,8 @@ from gru4recf_dist.data.batches import (
     pack_training,
     packed_positions,
 )
-from gru4recf_dist.data.shard_format import PADDING_ID, Block
+from gru4recf_dist.data.blocks import Block
+from gru4recf_dist.data.shard_format import PADDING_ID
 from tests.support.synthetic import random_sessions, to_block
 
 SHAPES = [(1, 0), (2, 0), (2, 1), (3, 1), (7, 3), (10, 9), (50, 10), (200, 0), (300, 299)]

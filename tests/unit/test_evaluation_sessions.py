@@ -7,7 +7,8 @@ import uuid
 import numpy as np
 import pytest
 
-from gru4recf_dist.data.shard_format import Block, Manifest
+from gru4recf_dist.data.blocks import Block
+from gru4recf_dist.data.shard_format import Manifest
 from gru4recf_dist.evaluation import sessions as evaluation_sessions
 from gru4recf_dist.evaluation.sessions import batch_count, read_batches
 from tests.support.synthetic import random_sessions, write_dataset

@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "gru4recf_dist.checkpoint_files": ("gru4recf_dist.data", *BASE),
     "data_prep": (
         "gru4recf_dist.data.filesystems",
+        "gru4recf_dist.data.blocks",
         "gru4recf_dist.data.shard_format",
         "gru4recf_dist.data.storage",
         "gru4recf_dist.data.storage_config",

@@ -18,15 +18,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gru4recf_dist.data import storage
+from gru4recf_dist.data.blocks import MAX_BLOCK_SESSIONS, Block, encode_shard
 from gru4recf_dist.data.shard_format import (
     MANIFEST,
-    MAX_BLOCK_SESSIONS,
-    Block,
     Feature,
     Manifest,
     ShardInfo,
     SplitInfo,
-    encode_shard,
     read_manifest,
     write_manifest,
     write_shard,

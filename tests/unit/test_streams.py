@@ -19,7 +19,8 @@ from scipy import stats
 
 from gru4recf_dist.config import LoaderConfig
 from gru4recf_dist.data import columns, storage, streams
-from gru4recf_dist.data.shard_format import Block, Manifest
+from gru4recf_dist.data.blocks import Block
+from gru4recf_dist.data.shard_format import Manifest
 from gru4recf_dist.data.streams import SessionLoader, Stream
 from gru4recf_dist.errors import UserError
 

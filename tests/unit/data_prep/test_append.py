@@ -221,7 +221,7 @@ def append_failing(data: Path, recipe: dict, number: int, error: BaseException) 
         patch.setattr(output, "_remove_unnamed", clean_unless_killed)
         try:
             append(data, recipe)
-        except type(error):
+        except (type(error), UserError):
             return True
     return False
 

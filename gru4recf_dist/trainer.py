@@ -123,7 +123,7 @@ class Trainer:
                     next(batches), config.accumulation, config.loader.max_length, config.loader.context
                 )
                 self._window.wait_seconds += time.perf_counter() - before
-                done = self._update(packed)
+                done = self.update(packed)
                 progress.trained_seconds += time.perf_counter() - before
                 finished = progress.step >= self.total_steps
                 evaluate = self._evaluation_is_due(epoch_ended=left == 0, last=finished)
@@ -141,7 +141,7 @@ class Trainer:
                     break
         return self._finish()
 
-    def _update(self, batches: list[PackedBatch]) -> StepResult:
+    def update(self, batches: list[PackedBatch]) -> StepResult:
         """The next update."""
         progress = self.progress
         progress.step += 1

@@ -45,14 +45,14 @@ class _Killed(Exception):
 def train_until(ranks: Ranks, config: Config, last_step: int) -> None:
     """Train and die without a word after ``last_step``, whatever has been written by then."""
     trainer = Trainer(config, ranks)
-    update = trainer._update
+    update = trainer.update
 
     def update_or_die(batches):
         if trainer.progress.step == last_step:
             raise _Killed
         return update(batches)
 
-    trainer._update = update_or_die
+    trainer.update = update_or_die
     with pytest.raises(_Killed):
         trainer.train()
 

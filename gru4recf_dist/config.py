@@ -62,6 +62,9 @@ class LossConfig(Section):
 class TableConfig(Section):
     """The sharded item table and its own optimizer."""
 
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: the encoder's; cpu: the host's memory, from where only the rows of a step travel"
+    )
     optimizer: Literal["rowwise_adagrad", "adagrad", "lazy_adam", "sgd"] = "lazy_adam"
     lr: PositiveFloat = 0.002
     beta1: float = Field(0.9, ge=0.0, lt=1.0)
@@ -139,7 +142,9 @@ class EvaluationConfig(Section):
     protocol: Literal["auto", "leave_one_out", "every_position"] = "auto"
     ks: list[PositiveInt] = Field([5, 10, 20], min_length=1)
     batch_sessions: PositiveInt = 256
-    tile_rows: PositiveInt = Field(8192, description="table rows that are scored at a time")
+    tile_rows: PositiveInt | None = Field(
+        None, le=1 << 24, description="table rows that are scored at a time; null: as many as the cache, or GPU, holds"
+    )
     ties: Literal["against", "for"] = Field("against", description="whether items of equal score rank above the target")
     baselines: bool = True
 

@@ -21,7 +21,7 @@ import torch
 from benchmarks.measuring import print_table
 from gru4recf_dist.config import Config, ModelConfig
 from gru4recf_dist.data.batches import packed_positions
-from gru4recf_dist.evaluation.ranking import count_above
+from gru4recf_dist.evaluation.ranking import count_above, default_tile_rows
 from gru4recf_dist.model.encoder import SessionEncoder
 from gru4recf_dist.model.features import FeatureSpec
 from gru4recf_dist.model.losses import NOTHING, sampled_softmax
@@ -132,8 +132,10 @@ def _counting(arguments) -> tuple[Callable[[], object], float]:
     queries, targets = torch.randn(count, arguments.dim), torch.randint(1, arguments.items + 1, (count,))
     scores = (queries.double() * table.weight[targets].double()).sum(dim=1)
 
+    tile_rows = default_tile_rows(queries.device, arguments.dim)
+
     def work() -> torch.Tensor:
-        return count_above(queries, targets, scores, table, "dot", evaluation.tile_rows, evaluation.ties)
+        return count_above(queries, targets, scores, table, "dot", tile_rows, evaluation.ties)
 
     return work, 2.0 * count * arguments.items * arguments.dim
 

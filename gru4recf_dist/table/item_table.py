@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from gru4recf_dist.config import TableConfig
-from gru4recf_dist.parallel import collectives
+from gru4recf_dist.parallel import collectives, traffic
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.table.partition import Routing, RowPartition
 from gru4recf_dist.table.row_optimizers import make_row_optimizer
@@ -93,13 +93,14 @@ class ShardedItemTable:
         receive = collectives.exchange_counts(routing.send, self.ranks.host)
         send = routing.send.tolist()
         ids = torch.from_numpy(routing.ids).to(self.weight.device)
-        asked = collectives.all_to_all(ids, receive, send, self.ranks.table)
+        asked = collectives.all_to_all(ids, receive, send, self.ranks.table, "ids")
         return Exchange(routing, send, receive, asked - self.own.start)
 
     def lookup(self, exchange: Exchange) -> torch.Tensor:
         """Rows of the routing's distinct ids, [U, D]; differentiable if gradients are enabled."""
+        traffic.TOTAL.looked_up += len(exchange.local)
         owned = self._leaf(exchange.local)
-        return collectives.differentiable_all_to_all(owned, exchange.send, exchange.receive, self.ranks.table)
+        return collectives.differentiable_all_to_all(owned, exchange.send, exchange.receive, self.ranks.table, "rows")
 
     def gather(self, ids: np.ndarray) -> torch.Tensor:
         """Rows of the same distinct, ascending ``ids`` on every rank, [U, D]; differentiable if gradients are enabled.
@@ -110,7 +111,7 @@ class ShardedItemTable:
         start = int(counts[: self.ranks.rank].sum())
         mine = ids[start : start + int(counts[self.ranks.rank])]
         owned = self._leaf(torch.from_numpy(mine - self.own.start).to(self.weight.device))
-        return collectives.differentiable_all_gather_rows(owned, counts.tolist(), self.ranks.table)
+        return collectives.balanced_all_gather_rows(owned, counts.tolist(), self.ranks.table, "negatives")
 
     def candidates(self) -> torch.Tensor:
         """This rank's item rows (padding row left out) as one leaf, [own items, D], for losses over every item."""
@@ -156,7 +157,7 @@ class ShardedItemTable:
         gradient.div_(self.ranks.world * scale)
         squared = gradient.square().sum()
         if self.config.clip is not None:
-            norm = collectives.sum_over_ranks(squared.clone(), self.ranks.table).sqrt()
+            norm = collectives.sum_over_ranks(squared.clone(), self.ranks.table, "loss").sqrt()
             gradient = gradient * (self.config.clip / norm.clamp(min=self.config.clip))
         self.optimizer.step(rows, gradient, lr)
         return squared

@@ -63,11 +63,13 @@ class Objective:
         """Vocabulary-parallel cross-entropy: every rank sums over its own rows for the queries of all."""
         group = self.table.ranks.table
         counts = collectives.gather_counts(len(queries), self.table.ranks.host)
-        everyone = collectives.differentiable_all_gather_rows(queries, counts, group)
+        everyone = collectives.differentiable_all_gather_rows(queries, counts, group, "queries")
         rows = transform_rows(self.table.candidates(), self.score)
         partial = losses.blockwise_logsumexp(everyone, rows, block_rows=self.config.block_rows)
         # Each rank gets back the W partial sums of its own queries.
-        mine = collectives.differentiable_all_to_all(partial, [len(queries)] * len(counts), counts, group)
+        mine = collectives.differentiable_all_to_all(
+            partial, [len(queries)] * len(counts), counts, group, "partial_sums"
+        )
         total = torch.logsumexp(mine.view(len(counts), len(queries)), dim=0)
         return total - (queries * positives).sum(dim=-1)
 

@@ -130,7 +130,7 @@ class TrainingStep:
         """
         broken = self._watch.take() | self.model.table.has_broken_gradient()
         sums = torch.stack([loss, broken.to(loss)]).cpu()
-        total, broken_ranks = collectives.sum_over_ranks(sums, self.ranks.host).tolist()
+        total, broken_ranks = collectives.sum_over_ranks(sums, self.ranks.host, "loss").tolist()
         return total, math.isfinite(total) and not broken_ranks
 
 

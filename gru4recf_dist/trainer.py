@@ -92,7 +92,7 @@ class Trainer:
         objective = Objective(config, self.table, sampler)
         self.step = TrainingStep(config, self.model, self.engine, objective, ranks)
         self.evaluator = Evaluator(config, self.manifest, self.popularity, ranks)
-        self.progress = Progress()
+        self.progress, self._window = Progress(), _Window()
         self._stop_requested = False
         self._resume(newest)
         self.total_steps = total_steps(config, self.loader, self.progress.step)

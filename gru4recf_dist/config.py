@@ -52,6 +52,7 @@ class LossConfig(Section):
 
     name: Literal["full_softmax", "sampled_softmax"] = "sampled_softmax"
     negatives: PositiveInt = Field(2048, description="K, drawn with replacement, shared by the global batch")
+    in_batch: NonNegativeInt = Field(0, description="M, further ones drawn from the targets of the global batch")
     sampler: Literal["popularity", "log_uniform", "uniform"] = "popularity"
     alpha: NonNegativeFloat = Field(0.75, description="popularity sampler: drawn in proportion to count ** alpha")
     logq: Literal["exact", "classic", "off"] = "exact"

@@ -22,7 +22,7 @@ from gru4recf_dist.evaluation.evaluator import Evaluator, protocol_of
 from gru4recf_dist.measurements import counted_operations, peak_memory_gib
 from gru4recf_dist.monitoring import Monitor
 from gru4recf_dist.objective import Objective
-from gru4recf_dist.parallel import collectives
+from gru4recf_dist.parallel import collectives, traffic
 from gru4recf_dist.parallel.engines import make_engine
 from gru4recf_dist.parallel.node_arrays import NodeArrays
 from gru4recf_dist.parallel.ranks import Ranks, from_first
@@ -61,6 +61,7 @@ class _Window:
     targets: float = 0.0
     events: float = 0.0
     wait_seconds: float = 0.0
+    traffic: traffic.Traffic = field(default_factory=traffic.Traffic)
     started: float = field(default_factory=time.perf_counter)
 
 
@@ -150,7 +151,9 @@ class Trainer:
         is_profiled = progress.step == self.config.monitoring.profile_step
         profile = counted_operations(self.engine.module, self.ranks.device) if is_profiled else nullcontext()
         with profile as counts:
+            before = traffic.TOTAL.copy()
             done = self.step(batches, progress.step, scale, self._stop_requested)
+            self._window.traffic += traffic.TOTAL - before
         if counts:
             self.monitor.scalars(progress.step, {f"profile/encoder_{name}": value for name, value in counts.items()})
             gigaflops = counts["flops"] / 1e9 / max(counts["forward_seconds"], 1e-9)
@@ -188,6 +191,7 @@ class Trainer:
             "data/wait_share": window.wait_seconds / seconds,
             "data/sessions_lost": self.progress.sessions_lost,
             "perf/peak_memory_gib": peak_memory_gib(self.ranks),
+            **traffic.summary(collectives.gather_vector(window.traffic.vector(), self.ranks.host), window.steps),
             **figures,
         }
         if self.config.precision == "fp16":

@@ -2,21 +2,30 @@
 
 Backward of every function is the transposed exchange: all-to-all gives the rows back, all-gather reduce-scatters. The
 functions are written on `torch.distributed`'s public calls, since the functional ones change names between versions
-and abort on uneven sizes.
+and abort on uneven sizes. What a rank sends is counted in `traffic.TOTAL`, under the ``purpose`` that the caller names.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from gru4recf_dist.parallel import traffic
+
+# Share of the rows that an all-gather may send as padding; see `balanced_all_gather_rows`.
+PADDING = 0.1
 
 # torch 2.13 renamed both and warns about the old names.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def all_to_all(rows: torch.Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+def all_to_all(
+    rows: torch.Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup, purpose: str = "other"
+) -> torch.Tensor:
     """Send ``send[r]`` rows to every rank r, in order, and return what arrives.
 
     Args:
@@ -29,28 +38,34 @@ def all_to_all(rows: torch.Tensor, receive: list[int], send: list[int], group: d
     if group.size() == 1:
         return rows
     received = rows.new_empty(sum(receive), *rows.shape[1:])
+    traffic.TOTAL.add(purpose, (sum(send) - send[group.rank()]) * _row_bytes(rows))
     dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
     return received
 
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, receive, send, group):
-        ctx.receive, ctx.send, ctx.group = receive, send, group
-        return all_to_all(rows, receive, send, group)
+    def forward(ctx, rows, receive, send, group, purpose):
+        ctx.receive, ctx.send, ctx.group, ctx.purpose = receive, send, group, purpose
+        return all_to_all(rows, receive, send, group, purpose)
 
     @staticmethod
     def backward(ctx, gradient):
-        return all_to_all(gradient, ctx.send, ctx.receive, ctx.group), None, None, None
+        purpose = traffic.GRADIENTS_OF.get(ctx.purpose, ctx.purpose)
+        return all_to_all(gradient, ctx.send, ctx.receive, ctx.group, purpose), None, None, None, None
 
 
 def differentiable_all_to_all(
-    rows: torch.Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup
+    rows: torch.Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup, purpose: str = "other"
 ) -> torch.Tensor:
     """`all_to_all` whose backward sends the rows' gradients back to where the rows came from."""
     if group.size() == 1:
         return rows
-    return _AllToAll.apply(rows, receive, send, group)
+    return _AllToAll.apply(rows, receive, send, group, purpose)
+
+
+def _row_bytes(rows: torch.Tensor) -> int:
+    return math.prod(rows.shape[1:]) * rows.element_size()
 
 
 def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -65,7 +80,9 @@ def _own_places(counts: list[int], device: torch.device) -> torch.Tensor:
     return torch.cat([torch.arange(count, device=device) + rank * longest for rank, count in enumerate(counts)])
 
 
-def all_gather_rows(rows: torch.Tensor, counts: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+def all_gather_rows(
+    rows: torch.Tensor, counts: list[int], group: dist.ProcessGroup, purpose: str = "other"
+) -> torch.Tensor:
     """Every rank's rows, one after the other.
 
     Args:
@@ -79,6 +96,7 @@ def all_gather_rows(rows: torch.Tensor, counts: list[int], group: dist.ProcessGr
         return rows
     longest = max(counts)
     gathered = rows.new_empty(longest * len(counts), *rows.shape[1:])
+    traffic.TOTAL.add(purpose, (len(counts) - 1) * longest * _row_bytes(rows))
     _all_gather_single(gathered, _padded(rows, longest), group=group)
     if min(counts) == longest:
         return gathered
@@ -87,9 +105,9 @@ def all_gather_rows(rows: torch.Tensor, counts: list[int], group: dist.ProcessGr
 
 class _AllGatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, counts, group):
-        ctx.counts, ctx.group = counts, group
-        return all_gather_rows(rows, counts, group)
+    def forward(ctx, rows, counts, group, purpose):
+        ctx.counts, ctx.group, ctx.purpose = counts, group, purpose
+        return all_gather_rows(rows, counts, group, purpose)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -99,15 +117,50 @@ class _AllGatherRows(torch.autograd.Function):
             padded[_own_places(counts, gradient.device)] = gradient
             gradient = padded
         share = gradient.new_empty(longest, *gradient.shape[1:])
+        purpose = traffic.GRADIENTS_OF.get(ctx.purpose, ctx.purpose)
+        traffic.TOTAL.add(purpose, (len(counts) - 1) * longest * _row_bytes(share))
         _reduce_scatter_single(share, gradient.contiguous(), group=ctx.group)
-        return share[: counts[ctx.group.rank()]], None, None
+        return share[: counts[ctx.group.rank()]], None, None, None
 
 
-def differentiable_all_gather_rows(rows: torch.Tensor, counts: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+def differentiable_all_gather_rows(
+    rows: torch.Tensor, counts: list[int], group: dist.ProcessGroup, purpose: str = "other"
+) -> torch.Tensor:
     """`all_gather_rows` whose backward sums over the ranks the gradients of this rank's rows."""
     if group.size() == 1:
         return rows
-    return _AllGatherRows.apply(rows, counts, group)
+    return _AllGatherRows.apply(rows, counts, group, purpose)
+
+
+def balanced_all_gather_rows(
+    rows: torch.Tensor, counts: list[int], group: dist.ProcessGroup, purpose: str = "other"
+) -> torch.Tensor:
+    """`differentiable_all_gather_rows` for counts that may be uneven: where padding them to the longest would add more
+    than `PADDING` to what is sent, ranks first hand over rows until all have as many.
+
+    Handing over costs one more exchange, but a row of it goes to one rank only.
+    """
+    counts, moves = gather_shares(counts)
+    if moves is not None:
+        mine = group.rank()
+        rows = differentiable_all_to_all(rows, moves[:, mine].tolist(), moves[mine].tolist(), group, purpose)
+    return differentiable_all_gather_rows(rows, counts, group, purpose)
+
+
+def gather_shares(counts: list[int]) -> tuple[list[int], np.ndarray | None]:
+    """How `balanced_all_gather_rows` deals with ``counts``.
+
+    Returns:
+        rows of each rank in the gathering; and int64 [W, W], how many each rank hands to each before it, None if none.
+    """
+    world, total = len(counts), sum(counts)
+    if world * max(counts) <= (1.0 + PADDING) * total:
+        return counts, None
+    # Contiguous parts of the same order, so that what is gathered stays in it.
+    before = np.concatenate([[0], np.cumsum(counts)])
+    after = np.minimum(np.arange(world + 1) * -(-total // world), total)
+    starts, ends = np.maximum.outer(before[:-1], after[:-1]), np.minimum.outer(before[1:], after[1:])
+    return np.diff(after).tolist(), np.maximum(ends - starts, 0)
 
 
 def exchange_counts(counts: np.ndarray, group: dist.ProcessGroup) -> list[int]:
@@ -115,6 +168,7 @@ def exchange_counts(counts: np.ndarray, group: dist.ProcessGroup) -> list[int]:
     if group.size() == 1:
         return counts.tolist()
     received = torch.empty(len(counts), dtype=torch.int64)
+    traffic.TOTAL.add("counts", (len(counts) - 1) * received.element_size())
     dist.all_to_all_single(received, torch.from_numpy(counts.astype(np.int64)), group=group)
     return received.tolist()
 
@@ -124,6 +178,7 @@ def gather_counts(count: int, group: dist.ProcessGroup) -> list[int]:
     if group.size() == 1:
         return [count]
     gathered = torch.empty(group.size(), dtype=torch.int64)
+    traffic.TOTAL.add("counts", (group.size() - 1) * gathered.element_size())
     _all_gather_single(gathered, torch.tensor([count]), group=group)
     return gathered.tolist()
 
@@ -131,8 +186,9 @@ def gather_counts(count: int, group: dist.ProcessGroup) -> list[int]:
 class PendingSum:
     """A sum over the ranks that is on its way. ``group`` must be on the CPU."""
 
-    def __init__(self, values: torch.Tensor, group: dist.ProcessGroup) -> None:
+    def __init__(self, values: torch.Tensor, group: dist.ProcessGroup, purpose: str = "loss") -> None:
         self._values = values
+        traffic.TOTAL.add_all_reduce(purpose, values.nbytes, group.size())
         self._work = dist.all_reduce(values, group=group, async_op=True) if group.size() > 1 else None
 
     def result(self) -> list[float]:
@@ -145,13 +201,21 @@ class PendingSum:
 
 def max_over_ranks(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Largest in place over the ranks, and return it."""
+    traffic.TOTAL.add_all_reduce("other", values.nbytes, group.size())
     if group.size() > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
     return values
 
 
-def sum_over_ranks(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def gather_vector(values: np.ndarray, group: dist.ProcessGroup) -> np.ndarray:
+    """A float64 vector [n] of every rank, [W, n]. ``group`` must be on the CPU."""
+    rows = torch.from_numpy(values)[None]
+    return all_gather_rows(rows, [1] * group.size(), group).numpy()
+
+
+def sum_over_ranks(values: torch.Tensor, group: dist.ProcessGroup, purpose: str = "other") -> torch.Tensor:
     """Sum in place over the ranks, and return it."""
+    traffic.TOTAL.add_all_reduce(purpose, values.nbytes, group.size())
     if group.size() > 1:
         dist.all_reduce(values, group=group)
     return values

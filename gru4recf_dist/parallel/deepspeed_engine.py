@@ -23,9 +23,10 @@ from deepspeed.utils import (
 from torch import nn
 
 from gru4recf_dist.config import Config
+from gru4recf_dist.parallel import traffic
 from gru4recf_dist.parallel.deepspeed_settings import deepspeed_settings, zero_stage
 from gru4recf_dist.parallel.ranks import Ranks
-from gru4recf_dist.parallel.replicated import OPTIMIZER_STATE, ReplicatedParameters, make_optimizer
+from gru4recf_dist.parallel.replicated import OPTIMIZER_STATE, ReplicatedParameters, make_optimizer, parameter_bytes
 
 GIB = 1 << 30
 
@@ -50,6 +51,7 @@ class _DeepSpeedEngine:
             # Otherwise DeepSpeed compiles a shared-memory all-reduce for minutes before the first step.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.module = encoder
+        self._world, self._bytes, self._stage = ranks.world, parameter_bytes(encoder), zero_stage(config)
         self._named = dict(encoder.named_parameters())
         optimizer = make_optimizer(self._named.values(), config.optimizer)
         for group in optimizer.param_groups:
@@ -66,6 +68,7 @@ class _DeepSpeedEngine:
     def accumulating(self, last: bool) -> Iterator[None]:
         # Not left to its own count, which a step that we skip at stage 0 would put out of step.
         self._engine.set_gradient_accumulation_boundary(last)
+        self._count_traffic(last)
         yield
         if not last:
             # No update, but the end of a micro-batch.
@@ -73,6 +76,12 @@ class _DeepSpeedEngine:
 
     def __call__(self, *inputs) -> torch.Tensor:
         return self._engine(*inputs)
+
+    def _count_traffic(self, last: bool) -> None:
+        """By the size of the parameters: half an all-reduce for each time they are gathered or gradients scattered."""
+        # Stage 3 gathers in forward and in backward; from stage 2 on every micro-batch's gradients are scattered.
+        halves = 3 if self._stage == 3 else (self._stage == 2) + last * (1 if self._stage == 2 else 2)
+        traffic.TOTAL.add_all_reduce("encoder_gradients", halves * self._bytes / 2, self._world)
 
     def copy_weights_to(self, encoder: nn.Module) -> None:
         state = self.state_dict()

@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gru4recf_dist.config import Config, OptimizerConfig
+from gru4recf_dist.parallel import traffic
 from gru4recf_dist.parallel.deepspeed_settings import choose_accelerator
 from gru4recf_dist.parallel.ranks import Ranks
-from gru4recf_dist.parallel.replicated import ReplicatedParameters, make_optimizer
+from gru4recf_dist.parallel.replicated import ReplicatedParameters, make_optimizer, parameter_bytes
 
 
 class Engine(Protocol):
@@ -67,7 +68,7 @@ class DDPEngine:
     """
 
     def __init__(self, encoder: nn.Module, config: OptimizerConfig, ranks: Ranks) -> None:
-        self.module = encoder
+        self.module, self._world = encoder, ranks.world
         self._optimizer = make_optimizer(encoder.parameters(), config)
         self._parameters = ReplicatedParameters(encoder, self._optimizer, config)
         self._forward: nn.Module = encoder
@@ -77,6 +78,8 @@ class DDPEngine:
             self._forward = DistributedDataParallel(encoder, process_group=ranks.dense, find_unused_parameters=True)
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
+        if last:
+            traffic.TOTAL.add_all_reduce("encoder_gradients", parameter_bytes(self.module), self._world)
         if last or not isinstance(self._forward, DistributedDataParallel):
             return contextlib.nullcontext()
         return self._forward.no_sync()

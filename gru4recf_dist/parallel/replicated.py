@@ -25,6 +25,11 @@ def make_optimizer(parameters, config: OptimizerConfig) -> torch.optim.Optimizer
     )
 
 
+def parameter_bytes(module: nn.Module) -> int:
+    """Size of the parameters, and so of their gradients."""
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
 class ReplicatedParameters:
     """The parameters of ``encoder`` and ``optimizer``, which must be of `make_optimizer` and have just them."""
 

@@ -84,7 +84,7 @@ class FeatureStore:
         if not self._columns:
             return {}
         owned = torch.cat([column.rows(exchange.local) for column in self._columns], dim=1)
-        rows = collectives.all_to_all(owned, exchange.send, exchange.receive, exchange.group)
+        rows = collectives.all_to_all(owned, exchange.send, exchange.receive, exchange.group, "features")
         rows = transfers.move(rows, self.ranks.device)
         parts = rows.split([column.width for column in self._columns], dim=1)
         return {column.feature.name: column.decode(part) for column, part in zip(self._columns, parts, strict=True)}

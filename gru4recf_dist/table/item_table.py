@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from gru4recf_dist.config import TableConfig
 from gru4recf_dist.errors import UserError
-from gru4recf_dist.parallel import collectives, transfers
+from gru4recf_dist.parallel import collectives, traffic, transfers
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.table.partition import Routing, RowPartition
 from gru4recf_dist.table.row_optimizers import make_row_optimizer
@@ -125,13 +125,14 @@ class ShardedItemTable:
         receive = collectives.exchange_counts(routing.send, self.ranks.host)
         send = routing.send.tolist()
         ids = torch.from_numpy(routing.ids).to(self.weight.device)
-        asked = collectives.all_to_all(ids, receive, send, self.group)
+        asked = collectives.all_to_all(ids, receive, send, self.group, "ids")
         return Exchange(routing, send, receive, asked - self.own.start, self.group)
 
     def lookup(self, exchange: Exchange) -> torch.Tensor:
         """Rows of the routing's distinct ids, [U, D]; differentiable if gradients are enabled."""
+        traffic.TOTAL.looked_up += len(exchange.local)
         owned = self._leaf(exchange.local)
-        rows = collectives.differentiable_all_to_all(owned, exchange.send, exchange.receive, self.group)
+        rows = collectives.differentiable_all_to_all(owned, exchange.send, exchange.receive, self.group, "rows")
         return transfers.differentiable_move(rows, self.ranks.device)
 
     def gather(self, ids: np.ndarray) -> torch.Tensor:
@@ -143,7 +144,7 @@ class ShardedItemTable:
         start = int(counts[: self.ranks.rank].sum())
         mine = ids[start : start + int(counts[self.ranks.rank])]
         owned = self._leaf(torch.from_numpy(mine - self.own.start).to(self.weight.device))
-        rows = collectives.differentiable_all_gather_rows(owned, counts.tolist(), self.group)
+        rows = collectives.balanced_all_gather_rows(owned, counts.tolist(), self.group, "negatives")
         return transfers.differentiable_move(rows, self.ranks.device)
 
     def candidates(self) -> torch.Tensor:
@@ -203,7 +204,7 @@ class ShardedItemTable:
         gradient.div_(self.ranks.world * scale)
         squared = gradient.square().sum()
         if self.config.clip is not None:
-            norm = collectives.sum_over_ranks(squared.clone(), self.group).sqrt()
+            norm = collectives.sum_over_ranks(squared.clone(), self.group, "loss").sqrt()
             gradient = gradient * (self.config.clip / norm.clamp(min=self.config.clip))
         self.optimizer.step(rows, gradient, lr)
         return squared.to(self.ranks.device)

@@ -57,7 +57,17 @@ def _gather(ranks, counts: list[int], tail) -> dict:
     again = _rows("own", ranks.rank, counts[ranks.rank], tail).requires_grad_()
     # The gradient of a plain sum is one expanded number, not a contiguous tensor.
     collectives.differentiable_all_gather_rows(again, counts, ranks.table).sum().backward()
-    return {"plain": plain, "result": result.detach(), "gradient": rows.grad, "of_sum": again.grad}
+    balanced = _rows("own", ranks.rank, counts[ranks.rank], tail).requires_grad_()
+    even = collectives.balanced_all_gather_rows(balanced, counts, ranks.table)
+    (even * weights).sum().backward()
+    return {
+        "plain": plain,
+        "result": result.detach(),
+        "gradient": rows.grad,
+        "of_sum": again.grad,
+        "balanced": even.detach(),
+        "balanced_gradient": balanced.grad,
+    }
 
 
 def _exercise(ranks) -> dict:
@@ -116,6 +126,7 @@ def test_gathering_gives_every_rank_all_rows_in_order(results):
             for result in results:
                 seen = result["gather"][number][shape]
                 assert torch.equal(seen["plain"], expected) and torch.equal(seen["result"], expected)
+                assert torch.equal(seen["balanced"], expected)
 
 
 def test_the_gradient_of_gathered_rows_is_summed_over_the_ranks(results):
@@ -126,6 +137,7 @@ def test_the_gradient_of_gathered_rows_is_summed_over_the_ranks(results):
             for rank, part in enumerate(total.split(counts)):
                 seen = results[rank]["gather"][number][shape]
                 torch.testing.assert_close(seen["gradient"], part, rtol=1e-14, atol=1e-14)
+                torch.testing.assert_close(seen["balanced_gradient"], part, rtol=1e-14, atol=1e-14)
                 assert torch.equal(seen["of_sum"], torch.full_like(part, world))
 
 

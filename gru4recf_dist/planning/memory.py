@@ -1,0 +1,112 @@
+"""Bytes that a rank holds, part by part; and how many ranks it takes until they fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gru4recf_dist.parallel.deepspeed_settings import zero_stage
+from gru4recf_dist.parallel.replicated import OPTIMIZER_STATE
+from gru4recf_dist.planning.workload import StepCounts, Workload, expected_counts
+
+# Share of a GPU's memory that is left for the CUDA context, the communicators and the allocator's gaps.
+RESERVED = 0.1
+
+
+def row_state_elements(optimizer: str, dim: int) -> int:
+    """Elements of optimizer state a table row."""
+    return {"rowwise_adagrad": 1, "adagrad": dim, "lazy_adam": 2 * dim, "sgd": 0}[optimizer]
+
+
+def device_bytes(workload: Workload, counts: StepCounts) -> dict[str, float]:
+    """Of the largest rank, on its device."""
+    size, dim = workload.element_bytes, workload.dim
+    row = dim * size
+    parts = {} if workload.host_table else _table(workload)
+    if workload.features:
+        parts["item features"] = float(workload.rows * sum(feature.row_bytes for feature in workload.features))
+    parts["encoder, gradients, moments"] = _encoder(workload)
+    parts["activations"] = counts.events_largest * _activation_elements(workload) * size
+    candidates = counts.negatives if workload.samples else workload.rows
+    # Logits, and what backward makes of them.
+    parts["logits of a block"] = 2.0 * workload.config.loss.block_rows * candidates * size
+    # Rows as owner and as user, their gradients likewise, and the sums of these while they are coalesced.
+    buffers = 6.0 * counts.ids * row
+    # Gathered with and without padding, and the gradients of both.
+    buffers += 4.0 * counts.negatives_share * workload.world * row
+    if not workload.samples:
+        buffers += 3.0 * counts.events_largest * workload.world * row
+        # Every row is a candidate: a copy, its gradient, and the coalesced sum.
+        parts["rows as candidates"] = 4.0 * workload.rows * row
+    parts["exchange buffers"] = buffers
+    return parts
+
+
+def host_bytes(workload: Workload) -> dict[str, float]:
+    """Of a rank, in host memory."""
+    parts = _table(workload) if workload.host_table else {}
+    arrays = {"popularity": 2, "log_uniform": 3, "uniform": 1}[workload.config.loss.sampler] if workload.samples else 1
+    parts["popularity and sampler"] = 8.0 * arrays * (workload.items + 1)
+    return parts
+
+
+def _table(workload: Workload) -> dict[str, float]:
+    state = row_state_elements(workload.config.table.optimizer, workload.dim)
+    return {
+        "table rows": float(workload.rows * workload.dim * workload.element_bytes),
+        "row optimizer state": float(workload.rows * state * workload.element_bytes),
+    }
+
+
+def _encoder(workload: Workload) -> float:
+    config, world = workload.config, workload.world
+    stage = zero_stage(config) if config.engine.name == "deepspeed" else 0
+    moments = len(OPTIMIZER_STATE[config.optimizer.name])
+    copies = 1.0 / (world if stage == 3 else 1) + 1.0 / (world if stage >= 2 else 1)
+    copies += moments / (world if stage >= 1 else 1)
+    if stage:
+        # ZeRO's own flat copies: of this rank's share, and a bucket to reduce.
+        copies += 1.0 / world + 1.0
+    elif world > 1:
+        # DDP's buckets.
+        copies += 1.0
+    return workload.encoder_parameters * workload.element_bytes * copies
+
+
+def _activation_elements(workload: Workload) -> int:
+    """Kept for backward of each event, with as much again for the gradients that are alive at the peak."""
+    model = workload.config.model
+    fields = len(workload.features)
+    paths = 2 if fields else 1
+    # Inputs before and after dropout; of a GRU the three gates, the candidate's product, state and output.
+    kept = 2 * model.embedding_size * (1 + fields) + paths * model.num_layers * 6 * model.hidden_size
+    # Outputs of both paths before and after dropout; query, positive, and their product.
+    kept += 2 * paths * model.hidden_size + 3 * model.embedding_size
+    return 2 * kept
+
+
+def fits(workload: Workload, gpu_bytes: float, node_bytes: float, ranks_per_node: int) -> bool:
+    """Whether device and host memory hold a rank's and a node's parts."""
+    on_device = sum(device_bytes(workload, expected_counts(workload)).values())
+    on_node = sum(host_bytes(workload).values()) * min(ranks_per_node, workload.world)
+    return on_device <= gpu_bytes * (1.0 - RESERVED) and on_node <= node_bytes
+
+
+def ranks_needed(workload: Workload, gpu_bytes: float, node_bytes: float, ranks_per_node: int) -> int | None:
+    """The fewest ranks that fit, at the same global batch; None if no number does.
+
+    A rank needs a session at least, so there are at most as many as a batch has sessions.
+    """
+
+    def enough(world: int) -> bool:
+        return fits(replace(workload, world=world), gpu_bytes, node_bytes, ranks_per_node)
+
+    most = workload.config.batch_size // workload.config.accumulation
+    low, high = 0, 1
+    while not enough(high):
+        if high == most:
+            return None
+        low, high = high, min(2 * high, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

@@ -1,0 +1,85 @@
+"""How popular the items of a catalog are, and how many distinct ones a number of draws is expected to meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+# Ranks up to here stand for themselves; further ones share buckets that grow by half a percent.
+_EXACT_RANKS = 10_000
+_GROWTH = 1.005
+
+
+@dataclass(frozen=True)
+class Popularity:
+    """Items grouped by popularity, so that a catalog of billions is a short array.
+
+    Attributes:
+        weight: float64 [G], events of one item of the group, or what they are proportional to.
+        items: float64 [G], items of the group.
+        events: of the whole log; None if it has no end, and draws are independent.
+    """
+
+    weight: np.ndarray
+    items: np.ndarray
+    events: float | None = None
+
+    def distinct(self, draws: float) -> float:
+        """Expected distinct items among ``draws`` events: of a log with an end, drawn without replacement."""
+        if self.events is not None:
+            left_out = np.log1p(-min(draws / self.events, 1.0 - 1e-12)) * self.weight
+        else:
+            left_out = draws * np.log1p(-np.minimum(self.weight / (self.weight @ self.items), 1.0 - 1e-12))
+        return float(-np.expm1(left_out) @ self.items)
+
+    def distinct_negatives(self, draws: int, sampler: str, alpha: float) -> float:
+        """Expected distinct items among ``draws`` negatives, which are drawn with replacement."""
+        count = self.items.sum()
+        if sampler == "uniform":
+            proposal = Popularity(np.ones(1), np.array([count]))
+        elif sampler == "log_uniform":
+            edges = _rank_edges(int(count))
+            # q(r) = log((r+1)/r) / log(N+1) sums over a bucket of ranks to the difference of logarithms.
+            mass = np.diff(np.log(edges)) / np.log(count + 1.0)
+            proposal = Popularity(mass / np.diff(edges), np.diff(edges))
+        elif self.events is None:
+            proposal = Popularity(self.weight**alpha, self.items)
+        else:
+            # As the sampler does it: an item without an event counts as one.
+            proposal = Popularity(np.maximum(self.weight, 1.0) ** alpha, self.items)
+        return proposal.distinct(draws)
+
+
+def zipf(items: int, exponent: float) -> Popularity:
+    """Popularity of the r-th item in proportion to r ** -exponent."""
+    edges = _rank_edges(items)
+    counts = np.diff(edges)
+    # Beyond the exact ranks, a bucket's mean is that of the curve between half a rank before it and after it.
+    middle = np.sqrt((edges[:-1] - 0.5) * (edges[1:] - 0.5))
+    weight = np.where(counts == 1, edges[:-1] ** -exponent, middle**-exponent)
+    return Popularity(weight, counts)
+
+
+def of_counts(counts: np.ndarray) -> Popularity:
+    """Popularity as the training events of each item, int64 [N]."""
+    weight, items = np.unique(counts, return_counts=True)
+    return Popularity(weight.astype(np.float64), items.astype(np.float64), float(counts.sum()))
+
+
+def _rank_edges(items: int) -> np.ndarray:
+    """First ranks, from 1, of buckets over all ranks, and ``items`` + 1; float64."""
+    exact = np.arange(1, min(items, _EXACT_RANKS) + 1, dtype=np.float64)
+    if items <= _EXACT_RANKS:
+        return np.append(exact, items + 1.0)
+    number = int(np.ceil(np.log((items + 1) / _EXACT_RANKS) / np.log(_GROWTH)))
+    tail = np.geomspace(_EXACT_RANKS + 1, items + 1, number + 1).round()
+    return np.concatenate([exact, tail])
+
+
+def largest_of(world: int) -> float:
+    """Expected largest of ``world`` independent standard normal numbers."""
+    edges = torch.linspace(-8.0, 8.0, 4001, dtype=torch.float64)
+    below = torch.special.ndtr(edges) ** world
+    return float((below.diff() * (edges[1:] + edges[:-1]) / 2).sum())

@@ -1,0 +1,163 @@
+"""How fast a machine is, given or measured, and how long a training step would take on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from gru4recf_dist.parallel.ranks import Ranks, wait_for_all
+from gru4recf_dist.planning.memory import row_state_elements
+from gru4recf_dist.planning.wire import ALL_TO_ALL, sent_bytes
+from gru4recf_dist.planning.workload import StepCounts, Workload
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Sustained rates of one rank. The defaults are guesses for an H100 with NVLink and a 400 Gbit/s network card.
+
+    Attributes:
+        matmul_tflops: of float32 products (float64 and half precision differ: give what holds).
+        memory_gbs, link_gbs, network_gbs, pcie_gbs: GB/s of device memory, to ranks of the same node, to others (of
+            one rank), and between host and device (only for a table in host memory).
+        routing_mids: million ids a second that a CPU core sorts.
+        latency_us: of a collective.
+        fixed_ms: what a step costs whatever its size: launching kernels, the RNNs' steps one after the other.
+        ranks_per_node: ranks that share a node.
+    """
+
+    matmul_tflops: float = 30.0
+    memory_gbs: float = 2000.0
+    link_gbs: float = 250.0
+    network_gbs: float = 40.0
+    pcie_gbs: float = 25.0
+    routing_mids: float = 15.0
+    latency_us: float = 30.0
+    fixed_ms: float = 3.0
+    ranks_per_node: int = 8
+
+
+def step_seconds(workload: Workload, counts: StepCounts, machine: Machine) -> dict[str, float]:
+    """Seconds of a step, by resource, one after the other: the code overlaps only the encoder's all-reduce.
+
+    The largest is what limits the step.
+    """
+    config = workload.config
+    size, micro = workload.element_bytes, config.accumulation
+    row = workload.dim * size
+    events = counts.events
+    # Every query meets all negatives, or all queries meet this rank's rows.
+    pairs = events * counts.negatives if workload.samples else events * workload.world * workload.rows
+    # Forward and backward of the encoder are three products a weight and event. Logits are made twice, and have two
+    # gradients: four products.
+    flops = 6.0 * events * _products(workload) + 8.0 * pairs * workload.dim
+    touched = counts.ids + (counts.negatives / workload.world if workload.samples else workload.rows)
+    state = row_state_elements(config.table.optimizer, workload.dim) / workload.dim
+    # Read, handed on, its gradient gathered and summed; then weight and state, each read and written.
+    row_traffic = touched * row * (8.0 + 2.0 * (1.0 + state))
+    seconds = {
+        "matrix products": micro * flops / machine.matmul_tflops / 1e12,
+        # A block's logits are passed over about eight times in forward and backward.
+        "memory": micro * (8.0 * pairs * size + row_traffic) / machine.memory_gbs / 1e9,
+        "host (routing)": micro
+        * (2.0 * events + config.loss.negatives * workload.samples)
+        / machine.routing_mids
+        / 1e6,
+    }
+    if workload.host_table:
+        seconds["host link (table rows)"] = micro * 2.0 * touched * row / machine.pcie_gbs / 1e9
+    seconds["wire"] = wire_seconds(sent_bytes(workload, counts), workload.world, machine)
+    collectives = 7 if workload.samples else 9
+    seconds["latency and launches"] = machine.fixed_ms / 1e3 + (
+        machine.latency_us * 1e-6 * (micro * collectives + 3) if workload.world > 1 else 0.0
+    )
+    return seconds
+
+
+def wire_seconds(sent: dict[str, float], world: int, machine: Machine) -> float:
+    """Time to send ``sent``, by purpose."""
+    if world == 1:
+        return 0.0
+    exchanged = sum(size for purpose, size in sent.items() if purpose in ALL_TO_ALL)
+    ring = sum(sent.values()) - exchanged
+    here = min(machine.ranks_per_node, world)
+    far = exchanged * (world - here) / (world - 1)
+    near = exchanged - far
+    # A ring leaves a node over all of its network cards, and inside it goes over links.
+    hop = machine.link_gbs if world == here else min(machine.link_gbs, here * machine.network_gbs)
+    return max(near / machine.link_gbs, far / machine.network_gbs) / 1e9 + ring / hop / 1e9
+
+
+def _products(workload: Workload) -> int:
+    """Multiplications of weights with an event in the encoder's forward."""
+    model, fields = workload.config.model, len(workload.features)
+    total = 0
+    for width in [model.embedding_size, *([fields * model.embedding_size] if fields else [])]:
+        total += 3 * model.hidden_size * (width + model.hidden_size)
+        total += (model.num_layers - 1) * 6 * model.hidden_size**2
+    return total + (2 if fields else 1) * model.hidden_size * model.embedding_size
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+def measure(machine: Machine, ranks: Ranks) -> Machine:
+    """``machine`` with what can be measured here: every rank measures at the same time, and the slowest counts.
+
+    Between ranks it measures one rate, and takes it for links and network alike.
+    """
+    device = ranks.device
+    side, elements = (4096, 1 << 28) if device.type == "cuda" else (768, 1 << 23)
+    left, right = (torch.randn(side, side, device=device) for _ in range(2))
+    memory = torch.ones(elements, device=device)
+    target = torch.empty_like(memory)
+    ids = np.random.default_rng(0).integers(0, 1 << 30, 1 << 18)
+    rates = [
+        2.0 * side**3 / _seconds(lambda: torch.mm(left, right), ranks) / 1e12,
+        # A copy reads and writes.
+        2.0 * memory.nbytes / _seconds(lambda: target.copy_(memory), ranks) / 1e9,
+        len(ids) / _seconds(lambda: np.unique(ids, return_inverse=True), ranks) / 1e6,
+    ]
+    found = {"matmul_tflops": 0, "memory_gbs": 1, "routing_mids": 2}
+    if ranks.world > 1:
+        share = (16 if device.type == "cuda" else 1) * (1 << 20)
+        sent = torch.ones(share * ranks.world, device=device)
+        received = torch.empty_like(sent)
+        seconds = _seconds(lambda: dist.all_to_all_single(received, sent, group=ranks.table), ranks)
+        rates.append(4.0 * share * (ranks.world - 1) / seconds / 1e9)
+        small = torch.ones(ranks.world, device=device)
+        seconds = _seconds(lambda: dist.all_to_all_single(torch.empty_like(small), small, group=ranks.table), ranks)
+        # As a rate, so that the slowest rank's is the smallest.
+        rates.append(1e-6 / seconds)
+        found |= {"link_gbs": 3, "network_gbs": 3}
+    slowest = torch.tensor(rates, dtype=torch.float64)
+    if ranks.world > 1:
+        dist.all_reduce(slowest, op=dist.ReduceOp.MIN, group=ranks.host)
+    rates = slowest.tolist()
+    measured = {name: rates[place] for name, place in found.items()}
+    if ranks.world > 1:
+        measured["latency_us"] = 1.0 / rates[4]
+    return replace(machine, **measured)
+
+
+def _seconds(work: Callable[[], object], ranks: Ranks, rounds: int = 7) -> float:
+    """Median time of ``work``, which every rank does at once."""
+    taken = []
+    work()
+    for _ in range(rounds):
+        _finish(ranks)
+        wait_for_all(ranks)
+        started = time.perf_counter()
+        work()
+        _finish(ranks)
+        taken.append(time.perf_counter() - started)
+    return float(np.median(taken))
+
+
+def _finish(ranks: Ranks) -> None:
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize(ranks.device)

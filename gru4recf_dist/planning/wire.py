@@ -1,0 +1,47 @@
+"""Bytes that a rank sends in a training step, by the purposes of `parallel.traffic`."""
+
+from __future__ import annotations
+
+from gru4recf_dist.parallel.deepspeed_settings import zero_stage
+from gru4recf_dist.planning.workload import StepCounts, Workload
+
+# The rest are rings.
+ALL_TO_ALL = ("counts", "ids", "features", "rows", "row_gradients", "partial_sums", "partial_sum_gradients")
+
+
+def sent_bytes(workload: Workload, counts: StepCounts) -> dict[str, float]:
+    """Mean over the ranks of what each sends in a step, by purpose."""
+    config, world = workload.config, workload.world
+    others, remote = world - 1, (world - 1) / world
+    row = workload.dim * workload.element_bytes
+    sent = {
+        "counts": 8.0 * others,
+        "ids": 8.0 * counts.ids * remote,
+        "features": 4.0 * sum(feature.width for feature in workload.features) * counts.ids * remote,
+        "rows": row * counts.ids * remote,
+        "row_gradients": row * counts.ids * remote,
+    }
+    if workload.samples:
+        sent["negatives"] = sent["negative_gradients"] = row * (
+            counts.negatives_share * others + counts.negatives_moved
+        )
+    else:
+        sent["counts"] *= 2.0
+        sent["queries"] = sent["query_gradients"] = row * counts.events_largest * others
+        partial = workload.element_bytes * counts.events * others
+        sent["partial_sums"] = sent["partial_sum_gradients"] = partial
+    # All of these are made anew for each micro-batch.
+    sent = {purpose: size * config.accumulation for purpose, size in sent.items()}
+    parameters = workload.encoder_parameters * workload.element_bytes
+    sent["encoder_gradients"] = remote * parameters * _parts(workload)
+    clipping = workload.element_bytes if config.table.clip is not None else 0
+    # Four counts before the update, loss and flag after the backward.
+    sent["loss"] = 2.0 * remote * (4 * 8 + 2 * 8 + clipping)
+    return {purpose: size for purpose, size in sent.items() if size}
+
+
+def _parts(workload: Workload) -> int:
+    """How often the encoder's gradients are scattered or its parameters gathered; an all-reduce is one of each."""
+    config = workload.config
+    stage = zero_stage(config) if config.engine.name == "deepspeed" else 0
+    return {2: config.accumulation + 1, 3: 3 * config.accumulation}.get(stage, 2)

@@ -1,0 +1,127 @@
+"""What is planned: configuration, catalog, ranks; and the expected events, ids and negatives of a step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from gru4recf_dist.config import Config
+from gru4recf_dist.model.encoder import SessionEncoder
+from gru4recf_dist.model.features import FeatureSpec
+from gru4recf_dist.parallel.collectives import PADDING
+from gru4recf_dist.planning.popularity import Popularity, largest_of
+
+
+@dataclass(frozen=True)
+class ItemFeature:
+    """A feature as it lies in the store and travels; ``longest``: values of a token_seq."""
+
+    spec: FeatureSpec
+    longest: int = 1
+
+    @property
+    def width(self) -> int:
+        """32-bit values of an item that travel."""
+        return {"token_seq": self.longest, "vector": self.spec.size}.get(self.spec.kind, 1)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of an item in the store, at most: the bounds of a token_seq are 8 bytes more."""
+        return 4 * self.width + (8 if self.spec.kind == "token_seq" else 0)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A run that is planned.
+
+    Attributes:
+        items: N.
+        world: ranks, one a GPU.
+        session_events: mean events of a training session.
+        host_table: whether the table lies in host memory and only the rows of a step on the device.
+    """
+
+    config: Config
+    items: int
+    world: int
+    session_events: float
+    features: tuple[ItemFeature, ...]
+    popularity: Popularity
+    host_table: bool = False
+
+    @property
+    def samples(self) -> bool:
+        return self.config.loss.name == "sampled_softmax"
+
+    @property
+    def rows(self) -> int:
+        """Table rows of the largest rank."""
+        return -(-(self.items + 1) // self.world)
+
+    @property
+    def dim(self) -> int:
+        return self.config.model.embedding_size
+
+    @property
+    def element_bytes(self) -> int:
+        return 8 if self.config.precision == "fp64" else 4
+
+    @cached_property
+    def encoder_parameters(self) -> int:
+        # Without memory: the vocabularies of features can be large.
+        with torch.device("meta"):
+            encoder = SessionEncoder(self.config.model, [feature.spec for feature in self.features])
+        return sum(parameter.numel() for parameter in encoder.parameters())
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Of a micro-batch; means over the ranks where nothing else is said.
+
+    Attributes:
+        events: packed events, T; `events_largest` of the rank with most.
+        ids: distinct items of inputs and targets.
+        negatives: distinct negatives, of all ranks.
+        negatives_share: what each rank puts into their gathering, padding included.
+        negatives_moved: what a rank hands to another before it (see `collectives.balanced_all_gather_rows`).
+    """
+
+    events: float
+    events_largest: float
+    ids: float
+    negatives: float
+    negatives_share: float
+    negatives_moved: float
+
+
+def expected_counts(workload: Workload) -> StepCounts:
+    """Expectations for sessions whose events are drawn independently by popularity.
+
+    Real sessions repeat items and stay with a topic: their distinct ids are fewer.
+    """
+    config, world = workload.config, workload.world
+    sessions = config.batch_size / world / config.accumulation
+    spread = largest_of(world)
+    events = sessions * (workload.session_events - 1.0)
+    negatives = share = moved = 0.0
+    if workload.samples:
+        loss = config.loss
+        negatives = workload.popularity.distinct_negatives(loss.negatives, loss.sampler, loss.alpha)
+        # Ids are in a pseudo-random order: a distinct item falls to each rank alike.
+        share = min(negatives, negatives / world + spread * math.sqrt(negatives / world * (1.0 - 1.0 / world)))
+        if share * world > (1.0 + PADDING) * negatives:
+            share = math.ceil(negatives / world)
+            # Rows before a rank deviate from an even share like a Brownian bridge: 0.31 sqrt(negatives) is its mean.
+            moved = math.sqrt(math.pi / 32 * negatives) * (1.0 - 1.0 / world)
+    return StepCounts(
+        events=events,
+        # Lengths of sessions spread about as far as their mean.
+        events_largest=events + spread * (workload.session_events - 1.0) * math.sqrt(sessions),
+        ids=workload.popularity.distinct(sessions * workload.session_events),
+        negatives=negatives,
+        negatives_share=share,
+        negatives_moved=moved,
+    )

@@ -1,0 +1,150 @@
+"""The planner's expectations against draws and sums written out, its limits, and its command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from gru4recf_dist import config as configuration
+from gru4recf_dist.config import LossConfig
+from gru4recf_dist.parallel.collectives import gather_shares
+from gru4recf_dist.plan import main
+from gru4recf_dist.planning import memory, popularity, speed, wire
+from gru4recf_dist.planning.workload import Workload, expected_counts
+from gru4recf_dist.table.negatives import NegativeSampler
+from gru4recf_dist.table.partition import RowPartition
+
+GIB = 1 << 30
+
+
+def _workload(items: int = 10**6, world: int = 4, **settings) -> Workload:
+    overrides = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
+    config = configuration.load(None, ["data=x", "run_dir=x", "model.fusion=item_only", *overrides], training=False)
+    return Workload(config, items, world, 8.0, (), popularity.zipf(items, 1.0))
+
+
+@pytest.mark.parametrize("exponent", [0.6, 1.0, 1.3])
+@pytest.mark.parametrize("draws", [300, 30_000, 3_000_000])
+def test_distinct_items_of_a_zipf_catalog_are_those_of_the_sum_over_all_items(exponent, draws):
+    mass = np.arange(1, 10**6 + 1, dtype=np.float64) ** -exponent
+    expected = (1.0 - (1.0 - mass / mass.sum()) ** draws).sum()
+    assert popularity.zipf(10**6, exponent).distinct(draws) == pytest.approx(expected, rel=1e-3)
+
+
+def test_distinct_items_of_a_log_are_those_of_drawing_from_it():
+    generator = np.random.default_rng(0)
+    log = generator.integers(0, 50, 400) ** 2
+    drawn = [len(np.unique(generator.choice(log, 150, replace=False))) for _ in range(2000)]
+    counts = np.bincount(log, minlength=3000)
+    assert popularity.of_counts(counts).distinct(150) == pytest.approx(np.mean(drawn), rel=0.01)
+
+
+@pytest.mark.parametrize("sampler", ["popularity", "log_uniform", "uniform"])
+def test_distinct_negatives_and_their_shares_are_those_of_the_sampler(sampler):
+    counts = np.random.default_rng(1).permutation((1e6 / np.arange(1, 50_001)).astype(np.int64))
+    settings = LossConfig(negatives=8192, sampler=sampler, alpha=0.5)
+    draws = [NegativeSampler(np.append(0, counts), settings, 0).draw(step).ids for step in range(40)]
+    workload = _workload(50_000, 64, batch_size=512, loss__negatives=8192, loss__sampler=sampler, loss__alpha=0.5)
+    expected = expected_counts(replace(workload, popularity=popularity.of_counts(counts)))
+    assert expected.negatives == pytest.approx(np.mean([len(ids) for ids in draws]), rel=0.01)
+
+    splits = [gather_shares(RowPartition(50_001, 64).split(ids).tolist()) for ids in draws]
+    assert expected.negatives_share == pytest.approx(np.mean([max(shares) for shares, _ in splits]), rel=0.02)
+    moved = np.mean([(moves.sum() - np.trace(moves)) / 64 for _, moves in splits])
+    assert expected.negatives_moved == pytest.approx(moved, rel=0.2)
+
+
+def test_the_expected_largest_of_two_normal_numbers_is_known():
+    assert popularity.largest_of(1) == pytest.approx(0.0, abs=1e-9)
+    assert popularity.largest_of(2) == pytest.approx(np.pi**-0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize(("optimizer", "floats"), [("lazy_adam", 128), ("adagrad", 64), ("rowwise_adagrad", 1)])
+def test_table_and_its_state_are_counted_row_by_row(optimizer, floats):
+    parts = memory.device_bytes(plan := _workload(999, 8, table__optimizer=optimizer), expected_counts(plan))
+    # 1000 rows with the padding row, 125 a rank.
+    assert parts["table rows"] == 125 * 64 * 4
+    assert parts["row optimizer state"] == 125 * floats * 4
+    on_host = replace(plan, host_table=True)
+    assert "table rows" not in memory.device_bytes(on_host, expected_counts(on_host))
+    assert memory.host_bytes(on_host)["table rows"] == 125 * 64 * 4
+
+
+def test_one_rank_sends_nothing():
+    plan = _workload(world=1)
+    assert wire.sent_bytes(plan, expected_counts(plan)) == {}
+    assert speed.step_seconds(plan, expected_counts(plan), speed.Machine())["wire"] == 0.0
+
+
+def test_the_ranks_needed_fit_and_one_fewer_do_not():
+    plan = _workload(10**9, 8, batch_size=4096)
+    limits = (80 * GIB, 1024 * GIB, 8)
+    assert not memory.fits(plan, *limits)
+    needed = memory.ranks_needed(plan, *limits)
+    # 10^9 rows of 64 values, with two moments: 716 GiB over GPUs of 72.
+    assert needed == 10
+    assert memory.fits(replace(plan, world=needed), *limits)
+    assert not memory.fits(replace(plan, world=needed - 1), *limits)
+    assert memory.ranks_needed(_workload(10**9, 8, batch_size=8), *limits) is None
+
+
+def test_a_slower_part_limits_the_step():
+    plan = _workload(world=64, batch_size=4096)
+    counts = expected_counts(plan)
+
+    def limit(**rates) -> str:
+        seconds = speed.step_seconds(plan, counts, speed.Machine(**rates))
+        return max(seconds, key=seconds.get)
+
+    assert limit(network_gbs=0.01) == "wire"
+    assert limit(matmul_tflops=0.01) == "matrix products"
+    assert limit(memory_gbs=0.1) == "memory"
+
+
+def test_exchanges_between_nodes_go_at_the_networks_rate():
+    machine = speed.Machine(link_gbs=100.0, network_gbs=10.0, ranks_per_node=8)
+    assert speed.wire_seconds({"rows": 7e9}, 8, machine) == pytest.approx(0.07)
+    # 8 of 15 other ranks are on the other node.
+    assert speed.wire_seconds({"rows": 15e9}, 16, machine) == pytest.approx(0.8)
+    # A ring crosses between nodes over eight cards.
+    assert speed.wire_seconds({"negatives": 80e9}, 16, machine) == pytest.approx(1.0)
+
+
+def test_the_program_prints_tables_or_json(capsys):
+    arguments = ["--items", "2e9", "--dim", "128", "--gpus", "64", "--batch", "8192", "--negatives", "8192"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "2,000,000,000 items" in text and "limited by: " in text and "\nit fits: " in text
+    assert main([*arguments, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] and plan["gpus_needed"] < 64
+    assert plan["device_bytes"]["table rows"] == -(-(2 * 10**9 + 1) // 64) * 128 * 4
+    assert main([*arguments, "--json", "--gpus", "8"]) == 0
+    assert json.loads(capsys.readouterr().out)["gpus_needed"] == plan["gpus_needed"]
+    assert main([*arguments, "--gpus", "8"]) == 0
+    assert "IT DOES NOT FIT: " in (text := capsys.readouterr().out) and f"it takes {plan['gpus_needed']} GPUs" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "one of --items and --data must be given"),
+        (["--items", "2x"], "--items: '2x' is not a number above 0"),
+        (["--items", "-5"], "--items: '-5' is not a number above 0"),
+        (["--items", "1.5"], "--items: '1.5' is not a whole number above 0"),
+        (["--items", "100", "--gpus", "1000"], "--gpus: 1000 ranks are more than the 128 sessions of a (micro-)batch"),
+        (["--items", "100", "--feature", "colour"], "--feature: 'colour' is none of token:SIZE"),
+        (["--items", "100", "--table-optimizer", "adam"], "table.optimizer: "),
+        (["--items", "100", "model.layers=2"], "unknown key 'model.layers'"),
+        (["--items", "100", "--itemz", "3"], "--itemz"),
+        (["--data", "nowhere"], "nowhere/manifest.json: no such file"),
+        (["--data", "nowhere", "--zipf", "1"], "--zipf: the data set decides it"),
+    ],
+)
+def test_errors_are_one_line(capsys, arguments, message):
+    assert main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and message in shown and shown.count("\n") == 1

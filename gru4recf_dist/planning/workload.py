@@ -57,6 +57,11 @@ class Workload:
         return self.config.loss.name == "sampled_softmax"
 
     @property
+    def over_gloo(self) -> bool:
+        """Whether rows travel between hosts' memories: their gradients are then sent without padding."""
+        return self.config.device == "cpu" or self.host_table
+
+    @property
     def rows(self) -> int:
         """Table rows of the largest rank."""
         return -(-(self.items + 1) // self.world)

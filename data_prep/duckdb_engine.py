@@ -18,13 +18,16 @@ from data_prep.bad_rows import BadRows
 from data_prep.engine import BATCH_ROWS, MICROSECONDS, FileReader, SortedTask
 from gru4recf_dist.errors import UserError
 
+# What the process holds besides what DuckDB counts: the interpreter, Arrow's batches, DuckDB's own uncounted part.
+_BESIDES_GIB = 0.5
+
 
 class DuckDBEngine:
     """DuckDB within this process; tables larger than its memory limit spill to a temporary folder.
 
     Args:
         threads: of the engine; None: one a core.
-        memory_limit_gib: None: DuckDB's default (80 % of the machine).
+        memory_limit_gib: of the process as a whole; None: DuckDB's default (80 % of the machine for itself).
         temporary_folder: where a spill folder is made, and removed at the end.
     """
 
@@ -42,7 +45,8 @@ class DuckDBEngine:
         if threads is not None:
             settings["threads"] = threads
         if memory_limit_gib is not None:
-            settings["memory_limit"] = f"{int(memory_limit_gib * 1024)}MiB"
+            own = max(memory_limit_gib - _BESIDES_GIB, memory_limit_gib / 2)
+            settings["memory_limit"] = f"{int(own * 1024)}MiB"
         self._ibis = ibis.duckdb.connect(**settings)
         # Dates without an offset are UTC on every machine.
         self._ibis.raw_sql("SET TimeZone = 'UTC'")

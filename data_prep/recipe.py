@@ -309,7 +309,9 @@ class Recipe(Section):
     spark: Spark = Field(Spark(), description="used with engine=spark")
     threads: int | None = Field(None, ge=1, description="duckdb: threads; default: one a core")
     memory_limit_gib: float | None = Field(
-        None, gt=0, description="duckdb: its memory, beyond which it spills to disk; default: DuckDB's own"
+        None,
+        gt=0,
+        description="duckdb: about what the process may hold; more is spilled to disk; default: 80 % of the machine",
     )
     temporary_folder: str | None = Field(
         None,

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.planner import LoadPlanner
 
+from gru4recf_dist.checkpoint_blocks import BlockSavePlanner, RowsLoadPlanner
 from gru4recf_dist.checkpoint_files import CheckpointReader, CheckpointWriter, storage_errors
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
@@ -58,6 +60,7 @@ class Checkpoints:
             dcp.save(
                 _tensors(engine, table),
                 storage_writer=CheckpointWriter(url),
+                planner=BlockSavePlanner(),
                 process_group=self.ranks.host,
             )
         commit = {"step": step, "table_steps": table.optimizer.steps, "world_size": self.ranks.world, "state": state}
@@ -108,8 +111,8 @@ class Checkpoints:
     ) -> None:
         """Fill engine and table from the checkpoint of a smaller model; rows that it did not have stay as they are.
 
-        `torch.distributed.checkpoint` loads a tensor at its saved size only. So each is read at that size, table rows
-        laid out over the ranks as they would be then, and is put into the present one afterwards.
+        Every rank reads the rows that are its own now straight into the table. The encoder's tensors are small: they
+        are read at their saved size and put into the present ones afterwards.
 
         Args:
             kept_rows: by name of an encoder parameter that may have grown, where its saved rows lie now, int64.
@@ -124,11 +127,8 @@ class Checkpoints:
                 saved > now for saved, now in zip(sizes[name], present.shape, strict=True)
             ):
                 raise UserError(f"{self._url(step)}: '{name}' does not fit into {list(present.shape)}")
-        # One after the other: besides the present table, a rank holds its share of one saved tensor at a time.
-        for name in table_state:
-            saved = table.unfilled(name.removeprefix("table."), sizes[name][0])
-            self._read(step, {name: saved})
-            table.take_over(name.removeprefix("table."), saved)
+        own_rows = {name: tensor.to_local() for name, tensor in table_state.items()}
+        self._read(step, own_rows, RowsLoadPlanner(dict.fromkeys(own_rows, table.own.start)))
         loaded = {name: present.new_empty(sizes[name]) for name, present in state.items()}
         self._read(step, loaded)
         for parameter, places in kept_rows.items():
@@ -148,13 +148,14 @@ class Checkpoints:
             raise UserError(f"{url}: this checkpoint is damaged ({storage.first_line(error)})") from error
         return {name: saved.size for name, saved in metadata.state_dict_metadata.items() if hasattr(saved, "size")}
 
-    def _read(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Fill ``tensors`` from the checkpoint, which must have each at the same size."""
+    def _read(self, step: int, tensors: dict[str, torch.Tensor], planner: LoadPlanner | None = None) -> None:
+        """Fill ``tensors`` from the checkpoint, which has each at the same size unless ``planner`` says otherwise."""
         url = self._url(step)
         damaged = f"{url}: this checkpoint is damaged or of another configuration"
         with warnings.catch_warnings(), storage_errors(damaged):
             warnings.simplefilter("ignore")
-            dcp.load(tensors, storage_reader=CheckpointReader(url), process_group=self.ranks.host)
+            reader = CheckpointReader(url)
+            dcp.load(tensors, storage_reader=reader, planner=planner, process_group=self.ranks.host)
 
     def _url(self, step: int) -> str:
         return storage.join(self.folder, f"{_PREFIX}{step:08d}")

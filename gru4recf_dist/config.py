@@ -52,6 +52,7 @@ class LossConfig(Section):
 
     name: Literal["full_softmax", "sampled_softmax"] = "sampled_softmax"
     negatives: PositiveInt = Field(2048, description="K, drawn with replacement, shared by the global batch")
+    in_batch: NonNegativeInt = Field(0, description="M, further ones drawn from the targets of the global batch")
     sampler: Literal["popularity", "log_uniform", "uniform"] = "popularity"
     alpha: NonNegativeFloat = Field(0.75, description="popularity sampler: drawn in proportion to count ** alpha")
     logq: Literal["exact", "classic", "off"] = "exact"
@@ -61,6 +62,9 @@ class LossConfig(Section):
 class TableConfig(Section):
     """The sharded item table and its own optimizer."""
 
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: the encoder's; cpu: the host's memory, from where only the rows of a step travel"
+    )
     optimizer: Literal["rowwise_adagrad", "adagrad", "lazy_adam", "sgd"] = "lazy_adam"
     lr: PositiveFloat = 0.002
     beta1: float = Field(0.9, ge=0.0, lt=1.0)
@@ -138,7 +142,9 @@ class EvaluationConfig(Section):
     protocol: Literal["auto", "leave_one_out", "every_position"] = "auto"
     ks: list[PositiveInt] = Field([5, 10, 20], min_length=1)
     batch_sessions: PositiveInt = 256
-    tile_rows: PositiveInt = Field(8192, description="table rows that are scored at a time")
+    tile_rows: PositiveInt | None = Field(
+        None, le=1 << 24, description="table rows that are scored at a time; null: as many as the cache, or GPU, holds"
+    )
     ties: Literal["against", "for"] = Field("against", description="whether items of equal score rank above the target")
     baselines: bool = True
 

@@ -11,6 +11,7 @@ from gru4recf_dist.data import storage
 from gru4recf_dist.errors import UserError, exits_cleanly
 from gru4recf_dist.evaluation.evaluator import Evaluator
 from gru4recf_dist.parallel import ranks as process_ranks
+from gru4recf_dist.parallel.node_arrays import NodeArrays
 from gru4recf_dist.table.negatives import read_popularity
 
 
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         model, manifest = trained_run.load_model(config, ranks)
         if not manifest.splits[arguments.split].sessions:
             raise UserError(f"--split: {config.data} has no session in its {arguments.split} split")
-        popularity = read_popularity(config.data, manifest)
+        popularity = read_popularity(config.data, manifest, NodeArrays(ranks))
         metrics = Evaluator(config, manifest, popularity, ranks).evaluate(model, arguments.split)
         if ranks.is_first:
             storage.write_json(storage.join(arguments.run, f"eval-{arguments.split}.json"), metrics)

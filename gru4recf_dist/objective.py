@@ -10,6 +10,7 @@ from gru4recf_dist.data.batches import PackedBatch
 from gru4recf_dist.model import losses
 from gru4recf_dist.model.scoring import transform_rows
 from gru4recf_dist.parallel import collectives
+from gru4recf_dist.table.batch_negatives import StepProposal, gather_targets
 from gru4recf_dist.table.item_table import ShardedItemTable
 from gru4recf_dist.table.negatives import NegativeSampler
 
@@ -18,27 +19,43 @@ class Objective:
     """Full or sampled softmax, as configured.
 
     Args:
-        sampler: the negatives' proposal; None with full softmax.
+        sampler: draws negatives; None with full softmax.
     """
 
     def __init__(self, config: Config, table: ShardedItemTable, sampler: NegativeSampler | None) -> None:
         self.config, self.score = config.loss, config.model.score
         self.table, self.sampler = table, sampler
 
-    def __call__(self, queries: torch.Tensor, positives: torch.Tensor, batch: PackedBatch, step: int) -> torch.Tensor:
+    def propose(self, batches: list[PackedBatch], step: int) -> StepProposal | None:
+        """The negatives of a step, the same on every rank and for any number of ranks; None with full softmax.
+
+        Args:
+            batches: all of this rank's micro-batches.
+            step: number of the update.
+        """
+        if self.sampler is None:
+            return None
+        targets = None
+        if self.config.in_batch:
+            targets = gather_targets([batch.targets for batch in batches], self.table.ranks)
+        return StepProposal(self.sampler, self.config.in_batch, targets, step)
+
+    def __call__(
+        self, queries: torch.Tensor, positives: torch.Tensor, batch: PackedBatch, proposal: StepProposal | None
+    ) -> torch.Tensor:
         """Sum of this rank's losses over its counted positions: a scalar.
 
         Args:
             queries: [T, D], the encoder's output.
             positives: [T, D], table row of each target.
             batch: its targets and weights.
-            step: number of the update; decides the negatives.
+            proposal: the step's negatives, of `propose`.
         """
         positives = transform_rows(positives, self.score)
-        if self.sampler is None:
+        if proposal is None:
             each = self._full(queries, positives)
         else:
-            each = self._sampled(queries, positives, batch.targets, step)
+            each = self._sampled(queries, positives, batch.targets, proposal)
         weights = batch.weights.to(device=each.device, dtype=each.dtype)
         return (each * weights).sum()
 
@@ -57,9 +74,9 @@ class Objective:
         return total - (queries * positives).sum(dim=-1)
 
     def _sampled(
-        self, queries: torch.Tensor, positives: torch.Tensor, targets: torch.Tensor, step: int
+        self, queries: torch.Tensor, positives: torch.Tensor, targets: torch.Tensor, proposal: StepProposal
     ) -> torch.Tensor:
-        negatives = self.sampler.draw(step)
+        negatives = proposal.negatives
         rows = transform_rows(self.table.gather(negatives.ids), self.score)
         correction = np.log(negatives.counts)
         if self.config.logq != "off":
@@ -67,7 +84,7 @@ class Objective:
         positive_correction = None
         if self.config.logq == "classic":
             # The padding target of a position that does not count has no probability: any item stands in.
-            expected = self.sampler.log_expected(targets.clamp(min=1).numpy())
+            expected = proposal.log_expected(targets.clamp(min=1).numpy())
             positive_correction = torch.from_numpy(expected).to(queries)
         return losses.sampled_softmax(
             queries,

@@ -59,7 +59,7 @@ class Recommender:
         """
         was_training, threads = self.encoder.training, torch.get_num_threads()
         self.encoder.eval()
-        if self.table.weight.device.type == "cpu":
+        if self.table.ranks.device.type == "cpu":
             torch.set_num_threads(1)
         try:
             routing = route(self.table.partition, items)
@@ -85,16 +85,17 @@ def build(config: Config, manifest: Manifest, ranks: Ranks, training: bool = Tru
     torch.manual_seed(config.seed)
     dtype = weight_dtype(config.precision)
     encoder = SessionEncoder(config.model, specs, COMPUTE_DTYPES.get(config.precision))
+    table = ShardedItemTable(
+        manifest.items + 1,
+        config.model.embedding_size,
+        ranks,
+        config.table,
+        config.seed,
+        dtype=dtype,
+        training=training,
+    )
     return Recommender(
         encoder=encoder.to(device=ranks.device, dtype=dtype),
-        table=ShardedItemTable(
-            manifest.items + 1,
-            config.model.embedding_size,
-            ranks,
-            config.table,
-            config.seed,
-            dtype=dtype,
-            training=training,
-        ),
-        features=FeatureStore(config.data, manifest, [spec.name for spec in specs], ranks),
+        table=table,
+        features=FeatureStore(config.data, manifest, [spec.name for spec in specs], ranks, table.device),
     )

@@ -24,6 +24,7 @@ from gru4recf_dist.monitoring import Monitor
 from gru4recf_dist.objective import Objective
 from gru4recf_dist.parallel import collectives, traffic
 from gru4recf_dist.parallel.engines import make_engine
+from gru4recf_dist.parallel.node_arrays import NodeArrays
 from gru4recf_dist.parallel.ranks import Ranks, from_first
 from gru4recf_dist.schedule import factor
 from gru4recf_dist.table.negatives import NegativeSampler, read_popularity
@@ -78,7 +79,8 @@ class Trainer:
         check_run_folder(config, newest is not None)
         # Read once: between two ranks' reading, the data set could be appended to.
         self.manifest = from_first(ranks, lambda: trained_run.read_data(config, newest))
-        self.popularity = read_popularity(config.data, self.manifest)
+        item_arrays = NodeArrays(ranks)
+        self.popularity = read_popularity(config.data, self.manifest, item_arrays)
         self.loader = SessionLoader(
             config.data, self.manifest, config.loader, config.batch_size, config.seed, ranks.rank, ranks.world
         )
@@ -87,7 +89,7 @@ class Trainer:
         self.engine = make_engine(self.model.encoder, config, ranks)
         sampler = None
         if config.loss.name == "sampled_softmax":
-            sampler = NegativeSampler(self.popularity, config.loss, config.seed)
+            sampler = NegativeSampler(self.popularity, config.loss, config.seed, item_arrays)
         objective = Objective(config, self.table, sampler)
         self.step = TrainingStep(config, self.model, self.engine, objective, ranks)
         self.evaluator = Evaluator(config, self.manifest, self.popularity, ranks)
@@ -122,7 +124,7 @@ class Trainer:
                     next(batches), config.accumulation, config.loader.max_length, config.loader.context
                 )
                 self._window.wait_seconds += time.perf_counter() - before
-                done = self._update(packed)
+                done = self.update(packed)
                 progress.trained_seconds += time.perf_counter() - before
                 finished = progress.step >= self.total_steps
                 evaluate = self._evaluation_is_due(epoch_ended=left == 0, last=finished)
@@ -140,7 +142,7 @@ class Trainer:
                     break
         return self._finish()
 
-    def _update(self, batches: list[PackedBatch]) -> StepResult:
+    def update(self, batches: list[PackedBatch]) -> StepResult:
         """The next update."""
         progress = self.progress
         progress.step += 1
@@ -261,9 +263,9 @@ class Trainer:
 
     def _check_finite(self) -> None:
         """A finite loss may have a gradient that is not: a checkpoint of what it left could never be resumed."""
-        weights = [self.table.weight, *self.model.encoder.parameters()]
-        broken = torch.stack([(~weight.detach().isfinite()).any() for weight in weights]).any().to(torch.int64)
-        if int(collectives.sum_over_ranks(broken, self.ranks.table)):
+        dense = [(~weight.detach().isfinite()).any() for weight in self.model.encoder.parameters()]
+        broken = torch.tensor(self.table.has_broken_row() or bool(torch.stack(dense).any()), dtype=torch.int64)
+        if int(collectives.sum_over_ranks(broken, self.ranks.host)):
             raise UserError(
                 f"step {self.progress.step}: the weights are not finite; this checkpoint was not written. "
                 "Try lower optimizer.lr and table.lr, or optimizer.clip"

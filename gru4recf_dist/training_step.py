@@ -17,6 +17,7 @@ from gru4recf_dist.parallel.engines import Engine
 from gru4recf_dist.parallel.loss_scale import LossScale
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.recommender import Recommender
+from gru4recf_dist.table.batch_negatives import StepProposal
 from gru4recf_dist.table.partition import route
 
 
@@ -66,10 +67,11 @@ class TrainingStep:
         torch.manual_seed(hash((self.config.seed, step, self.ranks.rank)) & 0x7FFFFFFFFFFFFFFF)
         scale = self.loss_scale.value
         counts = self._counts(batches, stop)
+        proposal = self.objective.propose(batches, step)
         loss = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for number, batch in enumerate(batches, 1):
             with self.engine.accumulating(last=number == len(batches)):
-                local = self._loss(batch, step)
+                local = self._loss(batch, proposal)
                 targets = counts.result()[0]
                 # The engine's mean over ranks and the table's division by W both undo the factor W.
                 self.engine.backward(local * (self.ranks.world / max(targets, 1.0)), scale)
@@ -86,7 +88,7 @@ class TrainingStep:
             norm = table_norm = torch.tensor(math.nan)
         return StepResult(total_loss, targets, events, sessions_lost, stops > 0, updated, norm, table_norm)
 
-    def _loss(self, batch: PackedBatch, step: int) -> torch.Tensor:
+    def _loss(self, batch: PackedBatch, proposal: StepProposal | None) -> torch.Tensor:
         """Sum of this rank's losses over a micro-batch."""
         table = self.model.table
         routing = route(table.partition, batch.items, batch.targets)
@@ -95,7 +97,7 @@ class TrainingStep:
         features = self.model.features.lookup(exchange)
         rows = table.lookup(exchange)
         queries = self.engine(rows, features, item_places, batch.batch_sizes)
-        return self.objective(queries, rows[target_places], batch, step)
+        return self.objective(queries, rows[target_places], batch, proposal)
 
     def _counts(self, batches: list[PackedBatch], stop: bool) -> collectives.PendingSum:
         """Sums over micro-batches and ranks, on their way while the forward runs."""

@@ -36,6 +36,7 @@ UPLOAD_PART_BYTES = 16 << 20
 LONGEST_REASON = 300
 # numpy takes 10000 characters at most, but reads as many as the file claims before it counts them.
 NPY_HEADER_BYTES = 1 << 16
+NPY_PIECE_BYTES = 8 << 20
 _NPY_VERSIONS = {(1, 0), (2, 0), (3, 0)}
 # A disk that can take no more, whoever writes.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
@@ -321,14 +322,20 @@ def read_npy_rows(url: str, start: int = 0, stop: int | None = None) -> np.ndarr
         if start < stop and first + stop * row_bytes > stream.seek(0, os.SEEK_END):
             raise UserError(f"{url}: truncated, its header says {shape} but rows {start} to {stop} are not all there")
         stream.seek(first + start * row_bytes if start < stop else first)
-        content = stream.read((stop - start) * row_bytes)
-    if len(content) != (stop - start) * row_bytes:
-        raise UserError(f"{url}: truncated while it was read")
-    try:
-        return np.frombuffer(content, dtype=dtype).reshape(stop - start, *row_shape).copy()
-    except ValueError as error:
-        # No rows, or rows of one byte, may claim any number of dimensions of any size.
-        raise UserError(f"{url}: no array can have its shape ({first_line(error)})") from error
+        try:
+            array = np.empty((stop - start, *row_shape), dtype)
+        except ValueError as error:
+            # No rows, or rows of one byte, may claim any number of dimensions of any size.
+            raise UserError(f"{url}: no array can have its shape ({first_line(error)})") from error
+        # Piece by piece into its place: columns can be of the size of the catalog, and two of them may not fit.
+        content = array.reshape(-1).view(np.uint8)
+        for place in range(0, len(content), NPY_PIECE_BYTES):
+            wanted = min(NPY_PIECE_BYTES, len(content) - place)
+            piece = stream.read(wanted)
+            if len(piece) != wanted:
+                raise UserError(f"{url}: truncated while it was read")
+            content[place : place + wanted] = np.frombuffer(piece, np.uint8)
+    return array
 
 
 def _read_header(url: str, stream: IO[bytes]) -> tuple[np.dtype, tuple[int, ...]]:

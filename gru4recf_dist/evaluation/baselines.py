@@ -13,6 +13,7 @@ from gru4recf_dist.data.shard_format import Manifest
 from gru4recf_dist.data.shards import read_blocks
 from gru4recf_dist.evaluation.metrics import expected_over_ties
 from gru4recf_dist.evaluation.sessions import read_batches
+from gru4recf_dist.table.negatives import distinct_counts
 
 
 class Popularity:
@@ -20,7 +21,9 @@ class Popularity:
 
     def __init__(self, popularity: np.ndarray) -> None:
         self._counts = popularity
-        self._sorted = np.sort(popularity[1:])
+        self._values, numbers = distinct_counts(popularity[1:])
+        # How many items have one of the first counts.
+        self._below = np.concatenate([[0], np.cumsum(numbers)])
 
     def scores(self, last: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Scores of ``items`` after ``last`` events, int64 [n]."""
@@ -28,8 +31,8 @@ class Popularity:
 
     def above_and_tied(self, last: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """How many of all items score above, and exactly, each of ``scores``; int64 [n] each."""
-        low, high = (np.searchsorted(self._sorted, scores, side) for side in ("left", "right"))
-        return len(self._sorted) - high, high - low
+        low, high = (self._below[np.searchsorted(self._values, scores, side)] for side in ("left", "right"))
+        return self._below[-1] - high, high - low
 
 
 class MarkovChain:
@@ -43,7 +46,6 @@ class MarkovChain:
         self._keys = np.append(keys, np.iinfo(np.int64).max)
         self._counts = np.append(counts, 0)
         source = keys // self._base
-        self._bounds = np.searchsorted(source, np.arange(self._base + 1))
         # Within each source item by ascending count: one binary search finds how many are above a count.
         self._width = int(counts.max(initial=0)) + 2
         self._ordered = np.sort(source * self._width + counts)
@@ -54,7 +56,7 @@ class MarkovChain:
         return np.where(self._keys[places] == wanted, self._counts[places], 0)
 
     def above_and_tied(self, last: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        start, stop = self._bounds[last], self._bounds[last + 1]
+        start, stop = (np.searchsorted(self._keys, item * self._base) for item in (last, last + 1))
         low, high = (np.searchsorted(self._ordered, last * self._width + scores, side) for side in ("left", "right"))
         # Items that never followed `last` are all tied at 0.
         tied = np.where(scores > 0, high - low, self._items - (stop - start))

@@ -20,6 +20,7 @@ from gru4recf_dist.model.scoring import exact_scores
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.recommender import Recommender
+from gru4recf_dist.table.item_table import ShardedItemTable
 from gru4recf_dist.table.partition import route
 
 
@@ -46,7 +47,7 @@ class Evaluator:
 
     def __init__(self, config: Config, manifest: Manifest, popularity: np.ndarray, ranks: Ranks) -> None:
         self.config, self.manifest, self.ranks = config, manifest, ranks
-        self.untrained = torch.from_numpy(popularity == 0)
+        self.popularity = popularity
         self.protocol = protocol_of(config, manifest)
 
     def evaluate(self, model: Recommender, split: str) -> dict[str, dict[str, float]]:
@@ -57,7 +58,7 @@ class Evaluator:
             candidates, so a target among them is a miss. Both count every target in the denominator.
         """
         settings = self.config.evaluation
-        self._check_finite(model.table.weight)
+        self._check_finite(model.table)
         everything, unseen = (RankHistogram(max(settings.ks)) for _ in range(2))
         untrained_targets = sessions_lost = 0
         batches = read_batches(
@@ -83,7 +84,7 @@ class Evaluator:
             if not bool(queries.target_scores.isfinite().all()):
                 raise _diverged()
             above, seen_above = self._count(model, queries)
-            trained = ~self.untrained[queries.targets]
+            trained = torch.from_numpy(self.popularity[queries.targets.numpy()] > 0)
             repeated = _contains_target(queries)
             everything.add((above + 1).numpy(), trained.numpy())
             unseen.add((above - seen_above + 1).numpy(), (trained & ~repeated).numpy())
@@ -99,10 +100,10 @@ class Evaluator:
             f"{split}_excluding_seen": {**unseen.metrics(settings.ks), **common},
         }
 
-    def _check_finite(self, rows: torch.Tensor) -> None:
+    def _check_finite(self, table: ShardedItemTable) -> None:
         """NaN compares false with everything: nothing would stand above any target, and a broken model look perfect."""
-        broken = (~rows.isfinite()).any().to(torch.int64)
-        if int(collectives.sum_over_ranks(broken, self.ranks.table)):
+        broken = torch.tensor(table.has_broken_row(), dtype=torch.int64)
+        if int(collectives.sum_over_ranks(broken, self.ranks.host)):
             raise _diverged()
 
     def _rounds(self, split: str) -> int:
@@ -137,7 +138,8 @@ class Evaluator:
         settings, score = self.config.evaluation, self.config.model.score
         targets = queries.targets.to(self.ranks.device)
         common = (queries.vectors, targets, queries.target_scores)
-        above = ranking.count_above(*common, model.table, score, settings.tile_rows, settings.ties)
+        tile_rows = settings.tile_rows or ranking.default_tile_rows(self.ranks.device, model.table.dim)
+        above = ranking.count_above(*common, model.table, score, tile_rows, settings.ties)
         seen = ranking.count_seen_above(
             *common,
             queries.seen_query.to(self.ranks.device),

@@ -9,6 +9,9 @@ Shapes: Q queries of all ranks, D embedding size, n rows of a tile.
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 import torch
 
 from gru4recf_dist.model.scoring import exact_scores, transform_rows
@@ -17,6 +20,21 @@ from gru4recf_dist.table.item_table import ShardedItemTable
 # Pairs that are scored in float64, and float32 scores of a tile, at a time: both bound the memory.
 _PAIRS = 1 << 17
 _SCORES = 1 << 23
+# Rows of a tile on a GPU, which hides their cost only if there are many; also float32's bound for counting in it.
+_GPU_TILE_ROWS = 1 << 16
+_L2_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+_USUAL_QUERIES = 256
+
+
+@cache
+def default_tile_rows(device: torch.device, dim: int) -> int:
+    """Table rows that are scored at a time, where none are set: on the CPU their scores and they stay in the cache."""
+    if device.type == "cuda":
+        return _GPU_TILE_ROWS
+    text = _L2_SIZE.read_text().strip() if _L2_SIZE.exists() else "1024K"
+    bytes_ = int(text.removesuffix("K")) * 1024 if text.removesuffix("K").isdigit() else 1 << 20
+    # A tile's rows, and of a batch of queries the scores and the comparisons with them.
+    return max(256, bytes_ // (4 * (dim + _USUAL_QUERIES)))
 
 
 def count_above(
@@ -38,35 +56,43 @@ def count_above(
     """
     count = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     # [queries, tile] scores exist at a time: as many queries as keep that within bounds.
-    block = max(1, _SCORES // tile_rows)
+    block = min(max(1, _SCORES // tile_rows), max(1, len(queries)))
+    scores, flags = (queries.new_empty(block, tile_rows) for _ in range(2))
     norms = queries.double().norm(dim=1)
     for first, raw in table.tiles(tile_rows):
-        rows = transform_rows(raw.float(), score)
+        raw = raw.float()
+        rows = transform_rows(raw, score)
         margin = norms * (rows.norm(dim=1).max().double() * relative_error(queries.shape[1]))
         low, high = _round_down(target_scores - margin), _round_up(target_scores + margin)
         for start in range(0, len(queries), block):
             part = slice(start, start + block)
-            sure, query, column = _sort_out(queries[part] @ rows.T, low[part], high[part])
+            used = (slice(0, len(queries[part])), slice(0, len(rows)))
+            torch.mm(queries[part], rows.T, out=scores[used])
+            sure, query, column = _sort_out(scores[used], flags[used], low[part], high[part])
             count[part] += sure
             query += start
             other = targets[query] != column + first
             query, column = query[other], column[other]
-            above = _pairs_above(queries, target_scores, query, raw, column, score, ties)
+            above = _pairs_above(queries, target_scores, query, column, raw.__getitem__, score, ties)
             count += torch.bincount(query[above], minlength=len(queries))
     return count
 
 
 def _sort_out(
-    scores: torch.Tensor, low: torch.Tensor, high: torch.Tensor
+    scores: torch.Tensor, flags: torch.Tensor, low: torch.Tensor, high: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per query, how many of the scores [Q, n] are above ``high`` [Q]; and the pairs (query, column) in between."""
-    sure = torch.count_nonzero(scores > high[:, None], dim=1)
-    possible = torch.count_nonzero(scores >= low[:, None], dim=1)
+    """Per query, how many of the scores [Q, n] are above ``high`` [Q]; and the pairs (query, column) in between.
+
+    ``flags`` is memory of the scores' shape and type: comparisons as floats are summed several times faster than
+    as bools, and exactly, as tiles have fewer than 2^24 rows.
+    """
+    sure = torch.gt(scores, high[:, None], out=flags).sum(dim=1)
+    possible = torch.ge(scores, low[:, None], out=flags).sum(dim=1)
     # Most queries have nothing near their target's score in most tiles.
     unsure = torch.nonzero(possible > sure).squeeze(1)
     near = scores[unsure]
     query, column = torch.nonzero((near >= low[unsure, None]) & (near <= high[unsure, None]), as_tuple=True)
-    return sure, unsure[query], column
+    return sure.to(torch.int64), unsure[query], column
 
 
 def count_seen_above(
@@ -85,16 +111,16 @@ def count_seen_above(
     """
     here = (seen_item >= table.own.start) & (seen_item < table.own.stop) & (seen_item != targets[seen_query])
     query, local = seen_query[here], seen_item[here] - table.own.start
-    above = _pairs_above(queries, target_scores, query, table.weight, local, score, ties)
+    above = _pairs_above(queries, target_scores, query, local, table.read, score, ties)
     return torch.bincount(query[above], minlength=len(queries))
 
 
-def _pairs_above(queries, target_scores, query, raw, column, score, ties) -> torch.Tensor:
-    """Whether row ``column[i]`` of ``raw`` is above the target of query ``query[i]``; bool, in float64."""
+def _pairs_above(queries, target_scores, query, column, read, score, ties) -> torch.Tensor:
+    """Whether row ``column[i]``, as ``read`` gives it, is above the target of query ``query[i]``; bool, in float64."""
     above = torch.empty(len(query), dtype=torch.bool, device=queries.device)
     for start in range(0, len(query), _PAIRS):
         part = slice(start, start + _PAIRS)
-        exact = exact_scores(queries[query[part]], raw[column[part]].float(), score)
+        exact = exact_scores(queries[query[part]], read(column[part]), score)
         target = target_scores[query[part]]
         above[part] = exact >= target if ties == "against" else exact > target
     return above

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from gru4recf_dist.data.shard_format import PADDING_ID
-from gru4recf_dist.evaluation.ranking import relative_error
+from gru4recf_dist.evaluation.ranking import default_tile_rows, relative_error
 from gru4recf_dist.model.scoring import exact_scores, transform_rows
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.table.item_table import ShardedItemTable
@@ -24,7 +24,7 @@ def top_k(
     k: int,
     table: ShardedItemTable,
     score: str,
-    tile_rows: int,
+    tile_rows: int | None,
     exclude_query: torch.Tensor | None = None,
     exclude_item: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,6 +32,7 @@ def top_k(
 
     Args:
         queries: float32 [Q, D], the same on every rank.
+        tile_rows: table rows that are scored at a time; None: `default_tile_rows`.
         exclude_query, exclude_item: int64 [P], pairs that are no candidates.
 
     Returns:
@@ -39,6 +40,7 @@ def top_k(
     """
     if exclude_query is None or exclude_item is None:
         exclude_query = exclude_item = torch.empty(0, dtype=torch.int64, device=queries.device)
+    tile_rows = tile_rows or default_tile_rows(queries.device, table.dim)
     ids, scores = _local_top_k(queries, k, table, score, tile_rows, exclude_query, exclude_item)
     group, world = table.ranks.table, table.ranks.world
     counts = [len(queries)] * world
@@ -55,7 +57,7 @@ def _local_top_k(queries, k, table, score, tile_rows, exclude_query, exclude_ite
     norms = queries.double().norm(dim=1)
     while True:
         ids, approximate, longest = _candidates(queries, kept, table, score, tile_rows, exclude_query, exclude_item)
-        rows = table.weight[(ids - table.own.start).clamp(min=0)].float()
+        rows = table.read((ids - table.own.start).clamp(min=0))
         query = torch.arange(len(queries), device=queries.device).repeat_interleave(ids.shape[1])
         exact = exact_scores(queries[query], rows.flatten(0, 1), score).view(ids.shape)
         exact = exact.masked_fill(ids == PADDING_ID, -torch.inf)

@@ -10,10 +10,13 @@ import torch
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.shard_format import PADDING_ID, Feature, Manifest, file_url
 from gru4recf_dist.errors import UserError
-from gru4recf_dist.parallel import collectives
+from gru4recf_dist.parallel import collectives, transfers
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.table.item_table import Exchange
 from gru4recf_dist.table.partition import RowPartition
+
+# Rows of a column that are looked through at a time.
+_LOOK_ROWS = 1 << 17
 
 
 @dataclass
@@ -56,28 +59,33 @@ class FeatureStore:
 
     Args:
         names: the features to hold, in the order in which the encoder takes them.
+        device: of the item table, whose exchanges serve the features too; default: the encoder's.
 
     Raises:
         UserError: the data set lacks a feature, or a file does not fit the manifest.
     """
 
-    def __init__(self, data: str, manifest: Manifest, names: list[str], ranks: Ranks) -> None:
+    def __init__(
+        self, data: str, manifest: Manifest, names: list[str], ranks: Ranks, device: torch.device | None = None
+    ) -> None:
         self.ranks = ranks
         rows = RowPartition(manifest.items + 1, ranks.world).range_of(ranks.rank)
         self._columns = [
-            _read_column(data, manifest.feature(name), manifest.items, rows, ranks.device) for name in names
+            _read_column(data, manifest.feature(name), manifest.items, rows, device or ranks.device) for name in names
         ]
 
     def lookup(self, exchange: Exchange) -> dict[str, torch.Tensor]:
         """Features of the routing's distinct ids.
 
         Returns:
-            by name: token int64 [U], token_seq int64 [U, longest] (0: padding), float [U], vector [U, size].
+            by name, on the encoder's device: token int64 [U], token_seq int64 [U, longest] (0: padding), float [U],
+            vector [U, size].
         """
         if not self._columns:
             return {}
         owned = torch.cat([column.rows(exchange.local) for column in self._columns], dim=1)
-        rows = collectives.all_to_all(owned, exchange.send, exchange.receive, self.ranks.table, "features")
+        rows = collectives.all_to_all(owned, exchange.send, exchange.receive, exchange.group, "features")
+        rows = transfers.move(rows, self.ranks.device)
         parts = rows.split([column.width for column in self._columns], dim=1)
         return {column.feature.name: column.decode(part) for column, part in zip(self._columns, parts, strict=True)}
 
@@ -96,13 +104,22 @@ def _read_column(data: str, feature: Feature, items: int, rows: range, device: t
     _check_header(indptr_url, np.int64, (items + 2,))
     # A rank without rows still reads one bound.
     indptr = storage.read_npy_rows(indptr_url, rows.start, rows.stop + 1)
-    steps = np.diff(indptr)
-    if indptr[0] < 0 or (steps < 0).any() or int(steps.max(initial=0)) > feature.longest:
+    if indptr[0] < 0 or not all(
+        # Block by block: the differences would take as much memory as the column itself.
+        _ascends(indptr[start : start + _LOOK_ROWS + 1], feature.longest)
+        for start in range(0, len(indptr), _LOOK_ROWS)
+    ):
         raise UserError(f"{indptr_url}: row bounds do not ascend, or exceed the manifest's longest ({feature.longest})")
     values = storage.read_npy_rows(url, int(indptr[0]), int(indptr[-1]))
     _check(url, values, np.int32, int(indptr[-1] - indptr[0]))
     _check_tokens(url, values, feature)
-    return _Column(feature, torch.from_numpy(values).to(device), torch.from_numpy(indptr - indptr[0]).to(device))
+    indptr -= int(indptr[0])
+    return _Column(feature, torch.from_numpy(values).to(device), torch.from_numpy(indptr).to(device))
+
+
+def _ascends(bounds: np.ndarray, longest: int) -> bool:
+    steps = np.diff(bounds)
+    return not len(steps) or 0 <= int(steps.min()) <= int(steps.max()) <= longest
 
 
 def _check_header(url: str, dtype: type, shape: tuple[int, ...]) -> None:

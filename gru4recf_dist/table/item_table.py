@@ -8,22 +8,36 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from gru4recf_dist.config import TableConfig
-from gru4recf_dist.parallel import collectives, traffic
+from gru4recf_dist.errors import UserError
+from gru4recf_dist.parallel import collectives, traffic, transfers
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.table.partition import Routing, RowPartition
 from gru4recf_dist.table.row_optimizers import make_row_optimizer
 
 # Rows are initialised in blocks of this many, each from its own generator. Part of what a seed means.
 _INIT_BLOCK_ROWS = 1024
+# Elements that are looked through at a time: what a look at every row takes in memory does not grow with the table.
+_LOOK_ELEMENTS = 1 << 20
 
 
-def initial_rows(seed: int, rows: range, dim: int, std: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Normal(0, std) rows [len(rows), dim] that depend on (seed, global row) only, not on who asks for them."""
-    result = torch.empty(len(rows), dim, dtype=dtype)
+def initial_rows(
+    seed: int,
+    rows: range,
+    dim: int,
+    std: float,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Normal(0, std) rows [len(rows), dim] that depend on (seed, global row) only, not on who asks for them.
+
+    They are made block by block, in place: no second copy of them exists.
+    """
+    result = torch.empty(len(rows), dim, dtype=dtype, device=device)
     for block in range(rows.start // _INIT_BLOCK_ROWS, -(-rows.stop // _INIT_BLOCK_ROWS)):
         first = block * _INIT_BLOCK_ROWS
         values = np.random.default_rng((seed, block)).standard_normal((_INIT_BLOCK_ROWS, dim), dtype=np.float32)
@@ -33,6 +47,17 @@ def initial_rows(seed: int, rows: range, dim: int, std: float, dtype: torch.dtyp
     return result
 
 
+def choose_table_device(name: str, encoder: torch.device) -> torch.device:
+    """Where the table lives: `auto` is beside the encoder.
+
+    Raises:
+        UserError: `cuda` was asked for, and the encoder is not there.
+    """
+    if name == "cuda" and encoder.type != "cuda":
+        raise UserError("table.device: cuda was asked for, but the encoder is on the CPU (device)")
+    return torch.device("cpu") if name == "cpu" else encoder
+
+
 def xavier_normal_std(rows: int, dim: int) -> float:
     """Standard deviation of `xavier_normal_` for a [rows, dim] matrix (Glorot & Bengio, AISTATS 2010)."""
     return (2.0 / (rows + dim)) ** 0.5
@@ -40,25 +65,28 @@ def xavier_normal_std(rows: int, dim: int) -> float:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A step's routing after the ids have travelled.
+    """A step's routing after the ids have travelled, and how what is asked for travels back.
 
     Attributes:
         routing: what this rank asked for.
         send, receive: ids that go to, and come from, each rank.
         local: int64 [sum(receive)], on the table's device: this rank's rows that were asked for, in rank order.
+        group: over which tensors of the table's device travel.
     """
 
     routing: Routing
     send: list[int]
     receive: list[int]
     local: torch.Tensor
+    group: dist.ProcessGroup
 
 
 class ShardedItemTable:
     """``[rows, dim]`` over the ranks, with differentiable access and sparse updates.
 
     The rows that a step reads are leaves of its graph: after ``backward`` the owners hold the gradients of their rows,
-    summed over the ranks, and `apply_gradients` updates just those rows.
+    summed over the ranks, and `apply_gradients` updates just those rows. With ``config.device`` `cpu`, rows and
+    optimizer state are in the host's memory; what is read arrives on the encoder's device all the same.
 
     Args:
         rows: N+1, padding row 0 included.
@@ -82,9 +110,15 @@ class ShardedItemTable:
         self.partition = RowPartition(rows, ranks.world)
         self.own = self.partition.range_of(ranks.rank)
         std = xavier_normal_std(rows, dim) if std is None else std
-        self.weight = initial_rows(seed, self.own, dim, std, dtype).to(ranks.device)
+        self.device = choose_table_device(config.device, ranks.device)
+        self.weight = initial_rows(seed, self.own, dim, std, dtype, self.device)
         self.optimizer = make_row_optimizer(self.weight, config) if training else None
         self._touched: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """Over which tensors of the table's device travel: NCCL takes none of the host's memory."""
+        return self.ranks.table if self.device.type == self.ranks.device.type else self.ranks.host
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -93,14 +127,15 @@ class ShardedItemTable:
         receive = collectives.exchange_counts(routing.send, self.ranks.host)
         send = routing.send.tolist()
         ids = torch.from_numpy(routing.ids).to(self.weight.device)
-        asked = collectives.all_to_all(ids, receive, send, self.ranks.table, "ids")
-        return Exchange(routing, send, receive, asked - self.own.start)
+        asked = collectives.all_to_all(ids, receive, send, self.group, "ids")
+        return Exchange(routing, send, receive, asked - self.own.start, self.group)
 
     def lookup(self, exchange: Exchange) -> torch.Tensor:
         """Rows of the routing's distinct ids, [U, D]; differentiable if gradients are enabled."""
         traffic.TOTAL.looked_up += len(exchange.local)
         owned = self._leaf(exchange.local)
-        return collectives.differentiable_all_to_all(owned, exchange.send, exchange.receive, self.ranks.table, "rows")
+        rows = collectives.differentiable_all_to_all(owned, exchange.send, exchange.receive, self.group, "rows")
+        return transfers.differentiable_move(rows, self.ranks.device)
 
     def gather(self, ids: np.ndarray) -> torch.Tensor:
         """Rows of the same distinct, ascending ``ids`` on every rank, [U, D]; differentiable if gradients are enabled.
@@ -111,18 +146,29 @@ class ShardedItemTable:
         start = int(counts[: self.ranks.rank].sum())
         mine = ids[start : start + int(counts[self.ranks.rank])]
         owned = self._leaf(torch.from_numpy(mine - self.own.start).to(self.weight.device))
-        return collectives.balanced_all_gather_rows(owned, counts.tolist(), self.ranks.table, "negatives")
+        rows = collectives.balanced_all_gather_rows(owned, counts.tolist(), self.group, "negatives")
+        return transfers.differentiable_move(rows, self.ranks.device)
 
     def candidates(self) -> torch.Tensor:
         """This rank's item rows (padding row left out) as one leaf, [own items, D], for losses over every item."""
         first = 1 if self.own.start == 0 and len(self.own) else 0
-        return self._leaf(torch.arange(first, len(self.own), device=self.weight.device))
+        rows = self._leaf(torch.arange(first, len(self.own), device=self.weight.device))
+        return transfers.differentiable_move(rows, self.ranks.device)
+
+    def read(self, local: torch.Tensor) -> torch.Tensor:
+        """This rank's rows ``local`` [n] as float32 [n, D] on the encoder's device; never differentiable."""
+        return transfers.move(self.weight[local.to(self.device)], self.ranks.device).float()
 
     def tiles(self, tile_rows: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """This rank's item rows, ``tile_rows`` at a time: (global id of the first, [n, D] view)."""
+        """This rank's item rows, ``tile_rows`` at a time: (global id of the first, [n, D] on the encoder's device)."""
         for start in range(max(self.own.start, 1), self.own.stop, tile_rows):
             stop = min(start + tile_rows, self.own.stop)
-            yield start, self.weight[start - self.own.start : stop - self.own.start]
+            yield start, transfers.move(self.weight[start - self.own.start : stop - self.own.start], self.ranks.device)
+
+    def has_broken_row(self) -> bool:
+        """Whether a value of this rank's rows is not finite."""
+        rows = max(1, _LOOK_ELEMENTS // self.dim)
+        return not bool(torch.stack([part.isfinite().all() for part in self.weight.split(rows)]).all())
 
     def _leaf(self, local: torch.Tensor) -> torch.Tensor:
         rows = self.weight[local]
@@ -134,9 +180,10 @@ class ShardedItemTable:
     # -- updating ----------------------------------------------------------------------------------------------------
 
     def has_broken_gradient(self) -> torch.Tensor:
-        """Whether a gradient of this rank's rows is not finite, bool []."""
+        """Whether a gradient of this rank's rows is not finite, bool [] on the encoder's device."""
         broken = [(~rows.grad.isfinite()).any() for _, rows in self._touched if rows.grad is not None]
-        return torch.stack(broken).any() if broken else torch.zeros((), dtype=torch.bool, device=self.weight.device)
+        found = torch.stack(broken).any() if broken else torch.zeros((), dtype=torch.bool, device=self.device)
+        return found.to(self.ranks.device)
 
     def discard_gradients(self) -> None:
         """Forget the gradients of the rows read since the last update."""
@@ -151,16 +198,16 @@ class ShardedItemTable:
             scale: a further factor on the loss, which is divided out.
 
         Returns:
-            the squared norm of this rank's share of the gradient, before clipping.
+            the squared norm of this rank's share of the gradient, before clipping, on the encoder's device.
         """
         rows, gradient = self._coalesced()
         gradient.div_(self.ranks.world * scale)
         squared = gradient.square().sum()
         if self.config.clip is not None:
-            norm = collectives.sum_over_ranks(squared.clone(), self.ranks.table, "loss").sqrt()
+            norm = collectives.sum_over_ranks(squared.clone(), self.group, "loss").sqrt()
             gradient = gradient * (self.config.clip / norm.clamp(min=self.config.clip))
         self.optimizer.step(rows, gradient, lr)
-        return squared
+        return squared.to(self.ranks.device)
 
     def _coalesced(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Distinct local rows, int64 [U], and the sums of their gradients [U, D]."""
@@ -179,30 +226,13 @@ class ShardedItemTable:
         """The rows and their optimizer state as DTensors that share memory with the table: loading fills it."""
         return {name: self._as_dtensor(tensor, self.rows) for name, tensor in self._tensors().items()}
 
-    def unfilled(self, name: str, rows: int) -> DTensor:
-        """Memory for the state ``name`` of a table of ``rows`` rows, laid out over the ranks as that table would be."""
-        like = self._tensors()[name]
-        share = RowPartition(rows, self.ranks.world).range_of(self.ranks.rank)
-        return self._as_dtensor(like.new_empty(len(share), *like.shape[1:]), rows)
-
-    def take_over(self, name: str, smaller: DTensor) -> None:
-        """Let the first rows of the state ``name`` be those of a smaller table; the rows after them stay as they are.
-
-        The rows travel from their owners in the smaller table to their owners here: no rank holds more than its share
-        of each.
-        """
-        old = RowPartition(smaller.shape[0], self.ranks.world)
-        send = old.overlap(self.ranks.rank, self.partition)
-        receive = self.partition.overlap(self.ranks.rank, old)
-        kept = collectives.all_to_all(smaller.to_local(), receive.tolist(), send.tolist(), self.ranks.table)
-        self._tensors()[name][: len(kept)] = kept
-
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {"weight": self.weight, **(self.optimizer.state if self.optimizer else {})}
 
     @cached_property
     def _mesh(self) -> DeviceMesh:
-        return DeviceMesh.from_group(self.ranks.dense, self.ranks.device.type)
+        beside = self.device.type == self.ranks.device.type
+        return DeviceMesh.from_group(self.ranks.dense if beside else self.ranks.host, self.device.type)
 
     def _as_dtensor(self, local: torch.Tensor, rows: int) -> DTensor:
         shape = torch.Size([rows, *local.shape[1:]])

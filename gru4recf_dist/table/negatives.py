@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -10,7 +11,12 @@ from gru4recf_dist.config import LossConfig
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.shard_format import Manifest, file_url
 from gru4recf_dist.errors import UserError
+from gru4recf_dist.parallel.node_arrays import Allocate, in_memory
 
+# Items that are worked through at a time: the temporary memory does not grow with the catalog.
+_BLOCK_ITEMS = 1 << 18
+# Counts that are read at a time, with a request each on object storage: 8 MiB.
+_READ_ITEMS = 1 << 20
 # Keeps the sampler's generator apart from others that are seeded by the run's seed and a step.
 _STREAM = 0x6E6567
 
@@ -39,21 +45,20 @@ class NegativeSampler:
 
     Args:
         popularity: int64 [N+1], training events of each item; entry 0 is ignored.
+        allocate: where what is kept of every item lies: `NodeArrays` shares it among the ranks of a node.
     """
 
-    def __init__(self, popularity: np.ndarray, config: LossConfig, seed: int) -> None:
+    def __init__(self, popularity: np.ndarray, config: LossConfig, seed: int, allocate: Allocate = in_memory) -> None:
         self.items = len(popularity) - 1
         self.count, self.kind, self.seed = config.negatives, config.sampler, seed
         self._cumulative: np.ndarray | None = None
         self._by_rank: np.ndarray | None = None
         if self.kind == "popularity":
-            mass = np.maximum(popularity[1:], 1).astype(np.float64) ** config.alpha
             self._popularity, self._alpha = popularity, config.alpha
-            self._cumulative = np.cumsum(mass)
+            (self._cumulative,) = allocate([(self.items, np.float64)], self._sum_up)
         elif self.kind == "log_uniform":
-            self._by_rank = np.argsort(-popularity[1:], kind="stable") + 1
-            self._rank = np.empty(self.items, np.int64)
-            self._rank[self._by_rank - 1] = np.arange(self.items)
+            sizes = [(self.items, np.int32), (self.items, np.int32)]
+            self._by_rank, self._rank = allocate(sizes, partial(_fill_order, popularity[1:]))
 
     def log_q(self, ids: np.ndarray) -> np.ndarray:
         """log of the probability that one draw gives each of ``ids``; float64."""
@@ -62,7 +67,7 @@ class NegativeSampler:
             log_mass = self._alpha * np.log(np.maximum(self._popularity[ids], 1))
             return log_mass - np.log(self._cumulative[-1])
         if self._by_rank is not None:
-            rank = self._rank[ids - 1]
+            rank = self._rank[ids - 1].astype(np.int64)
             return np.log(np.log1p(1.0 / (rank + 1.0)) / np.log(self.items + 1.0))
         return np.full(len(ids), -np.log(self.items))
 
@@ -72,7 +77,8 @@ class NegativeSampler:
 
     def draw(self, step: int) -> Negatives:
         """The negatives of a step: the same on every rank and for any number of ranks."""
-        uniform = np.random.default_rng((self.seed, _STREAM, step)).random(self.count)
+        # Ascending, so that neighbours look into the same memory of a long running sum.
+        uniform = np.sort(np.random.default_rng((self.seed, _STREAM, step)).random(self.count))
         ids, counts = np.unique(self._invert(uniform), return_counts=True)
         return Negatives(ids, counts, self.log_expected(ids))
 
@@ -84,18 +90,63 @@ class NegativeSampler:
         if self._by_rank is not None:
             # sum of q up to rank r is log(r+2) / log(N+1)
             rank = np.floor(np.exp(uniform * np.log(self.items + 1.0))).astype(np.int64) - 1
-            return self._by_rank[np.clip(rank, 0, self.items - 1)]
+            return self._by_rank[np.clip(rank, 0, self.items - 1)].astype(np.int64)
         return np.minimum((uniform * self.items).astype(np.int64), self.items - 1) + 1
 
+    def _sum_up(self, cumulative: np.ndarray) -> None:
+        total = 0.0
+        for start in range(0, self.items, _BLOCK_ITEMS):
+            counts = self._popularity[start + 1 : start + 1 + _BLOCK_ITEMS]
+            mass = np.maximum(counts, 1).astype(np.float64) ** self._alpha
+            # Into the first summand: the running sum has the bits that it would have in one piece.
+            mass[0] += total
+            cumulative[start : start + len(mass)] = np.cumsum(mass)
+            total = cumulative[start + len(mass) - 1]
 
-def read_popularity(data: str, manifest: Manifest) -> np.ndarray:
+
+def distinct_counts(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The values that occur in ``counts``, ascending, and how often each does; int64 both.
+
+    E events have at most about sqrt(2 E) different counts, so this is small however many items there are.
+    """
+    values, numbers = np.empty(0, np.int64), np.empty(0, np.int64)
+    for start in range(0, len(counts), _BLOCK_ITEMS):
+        new_values, new_numbers = np.unique(counts[start : start + _BLOCK_ITEMS], return_counts=True)
+        values, places = np.unique(np.concatenate([values, new_values]), return_inverse=True)
+        numbers = np.bincount(places, np.concatenate([numbers, new_numbers]), len(values)).astype(np.int64)
+    return values, numbers
+
+
+def _fill_order(counts: np.ndarray, by_rank: np.ndarray, rank: np.ndarray) -> None:
+    """Items by falling count, then by id (a counting sort): ``by_rank`` gets their ids, ``rank`` their places."""
+    values, numbers = distinct_counts(counts)
+    # The next free place of every count.
+    places_of = len(counts) - np.cumsum(numbers)
+    for start in range(0, len(counts), _BLOCK_ITEMS):
+        value = np.searchsorted(values, counts[start : start + _BLOCK_ITEMS])
+        order = np.argsort(value, kind="stable")
+        met, first, number = np.unique(value[order], return_index=True, return_counts=True)
+        places = np.arange(len(order)) + np.repeat(places_of[met] - first, number)
+        by_rank[places] = order + (start + 1)
+        rank[order + start] = places
+        places_of[met] += number
+
+
+def read_popularity(data: str, manifest: Manifest, allocate: Allocate = in_memory) -> np.ndarray:
     """Training events of each item, int64 [N+1].
+
+    Args:
+        allocate: where they lie: `NodeArrays` shares them among the ranks of a node.
 
     Raises:
         UserError: the file is missing or does not fit the manifest.
     """
-    url = file_url(data, manifest.popularity)
-    popularity = storage.read_npy_rows(url)
-    if popularity.dtype != np.int64 or popularity.shape != (manifest.items + 1,):
-        raise UserError(f"{url}: must be int64 with {manifest.items + 1} rows")
-    return popularity
+    url, rows = file_url(data, manifest.popularity), manifest.items + 1
+
+    def fill(popularity: np.ndarray) -> None:
+        if storage.read_npy_header(url) != (np.dtype(np.int64), (rows,)):
+            raise UserError(f"{url}: must be int64 with {rows} rows")
+        for start in range(0, rows, _READ_ITEMS):
+            popularity[start : start + _READ_ITEMS] = storage.read_npy_rows(url, start, start + _READ_ITEMS)
+
+    return allocate([(rows, np.int64)], fill)[0]

@@ -37,11 +37,6 @@ class RowPartition:
         """How many of the ascending ``ids`` each rank owns; int64 [W]. They lie in the order of the ranks."""
         return np.diff(np.searchsorted(ids, self.bounds))
 
-    def overlap(self, rank: int, other: RowPartition) -> np.ndarray:
-        """How many of ``rank``'s rows each rank has under ``other``, a partition over as many ranks; int64 [W]."""
-        own = self.range_of(rank)
-        return np.diff(np.clip(other.bounds, own.start, own.stop))
-
 
 @dataclass(frozen=True)
 class Routing:

@@ -42,7 +42,7 @@ def overflow_each(ranks: Ranks, configs: dict[str, Config], where: str) -> dict[
 def overflow(ranks: Ranks, config: Config, where: str) -> dict:
     """Train with a gradient on the last rank that overflows once; what was there before, after it, and at the end."""
     trainer = Trainer(config, ranks)
-    backward, update = trainer.engine.backward, trainer._update
+    backward, update = trainer.engine.backward, trainer.update
     seen: dict = {"scales": [], "updated": []}
 
     def broken_backward(loss, scale):
@@ -62,7 +62,7 @@ def overflow(ranks: Ranks, config: Config, where: str) -> dict:
         seen["updated"].append(done.updated)
         return done
 
-    trainer.engine.backward, trainer._update = broken_backward, watched_update
+    trainer.engine.backward, trainer.update = broken_backward, watched_update
     trainer.train()
     return {**seen, "end": final_state(trainer), "skipped": trainer.progress.skipped_steps}
 

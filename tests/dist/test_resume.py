@@ -45,14 +45,14 @@ class _Killed(Exception):
 def train_until(ranks: Ranks, config: Config, last_step: int) -> None:
     """Train and die without a word after ``last_step``, whatever has been written by then."""
     trainer = Trainer(config, ranks)
-    update = trainer._update
+    update = trainer.update
 
     def update_or_die(batches):
         if trainer.progress.step == last_step:
             raise _Killed
         return update(batches)
 
-    trainer._update = update_or_die
+    trainer.update = update_or_die
     with pytest.raises(_Killed):
         trainer.train()
 
@@ -69,10 +69,10 @@ def resume(ranks: Ranks, config: Config) -> tuple[int, dict[str, torch.Tensor]]:
     [
         (1, ()),
         (2, ("table.optimizer=rowwise_adagrad",)),
-        (4, ()),
+        (4, ("loss.in_batch=20",)),
         (2, ("engine.name=deepspeed",)),
     ],
-    ids=["1-rank", "2-ranks", "4-ranks", "2-ranks-deepspeed"],
+    ids=["1-rank", "2-ranks", "4-ranks-in-batch", "2-ranks-deepspeed"],
 )
 def test_a_resumed_run_ends_bit_equal_to_an_unbroken_one(tmp_path, data, world, extra):
     unbroken = run_ranks(world, train, tmp_path, small_config(data, tmp_path / "unbroken", *OPTIONS, *STEPS, *extra))

@@ -16,7 +16,6 @@ from gru4recf_dist.config import Config
 from gru4recf_dist.data.shard_format import Feature, Manifest, read_manifest, write_manifest
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.parallel.ranks import Ranks
-from gru4recf_dist.table.partition import RowPartition
 from gru4recf_dist.trainer import Trainer
 from tests.dist.test_resume import train_until
 from tests.dist.test_world_size_equality import relative_error
@@ -39,7 +38,7 @@ def write_grown(folder, train: list[np.ndarray], items: int, sizes: dict[str, in
     held_out = random_sessions(1, 9, items)
     manifest = write_dataset(str(folder), train, held_out, held_out, items=items)
     category = manifest.feature("category")
-    features = [*manifest.features, Feature(name="brand", kind="token", size=0, values=category.values)]
+    features = [*manifest.features, Feature(name="brand", kind="token", size=1, values=category.values)]
     features = [each.model_copy(update={"size": sizes.get(each.name, each.size)}) for each in features]
     manifest = manifest.model_copy(update={"features": features, "ancestors": ancestors})
     write_manifest(str(folder), manifest)
@@ -245,18 +244,3 @@ def test_check_looks_at_the_earlier_run(tmp_path, data, capsys):
     (tmp_path / "begun").mkdir()
     shutil.copy(data / "run" / "config.yaml", tmp_path / "begun")
     assert check(tmp_path / "begun") == (2, f"error: init_from: {tmp_path / 'begun'} has no complete checkpoint\n")
-
-
-def test_overlaps_are_the_rows_that_two_layouts_give_to_a_pair_of_ranks():
-    for old_rows in (1, 2, 5, 8, 23):
-        for new_rows in (old_rows, old_rows + 1, 3 * old_rows + 2):
-            for world in (1, 2, 3, 4, 7, 30):
-                old, new = RowPartition(old_rows, world), RowPartition(new_rows, world)
-                sent = [old.overlap(rank, new).tolist() for rank in range(world)]
-                received = [new.overlap(rank, old).tolist() for rank in range(world)]
-                common = [
-                    [len(set(old.range_of(giver)) & set(new.range_of(taker))) for taker in range(world)]
-                    for giver in range(world)
-                ]
-                assert sent == common
-                assert received == [list(column) for column in zip(*common, strict=True)]

@@ -18,6 +18,8 @@ ADAM = ("optimizer.name=adam", "optimizer.lr=0.01", "table.optimizer=lazy_adam",
 ADAGRAD = ("optimizer.name=adamw", "table.optimizer=rowwise_adagrad", "table.lr=0.05", "table.clip=0.05")
 SAMPLED = ("loss.name=sampled_softmax",)
 CLASSIC = ("loss.name=sampled_softmax", "loss.logq=classic", "model.score=cosine", "model.learn_temperature=true")
+IN_BATCH = (*SAMPLED, "loss.in_batch=24", "loss.sampler=uniform")
+IN_BATCH_CLASSIC = (*CLASSIC, "loss.in_batch=9")
 FULL = ("loss.name=full_softmax",)
 
 
@@ -42,8 +44,24 @@ def run(world: int, tmp_path, data, name: str, *overrides: str) -> tuple[dict, l
 
 @pytest.mark.parametrize(
     ("optimizers", "loss"),
-    [(SGD, SAMPLED), (SGD, FULL), (ADAM, SAMPLED), (ADAM, FULL), (ADAGRAD, CLASSIC)],
-    ids=["sgd-sampled", "sgd-full", "adam-sampled", "adam-full", "adagrad-classic-cosine"],
+    [
+        (SGD, SAMPLED),
+        (SGD, FULL),
+        (SGD, IN_BATCH),
+        (ADAM, SAMPLED),
+        (ADAM, FULL),
+        (ADAM, IN_BATCH_CLASSIC),
+        (ADAGRAD, CLASSIC),
+    ],
+    ids=[
+        "sgd-sampled",
+        "sgd-full",
+        "sgd-in-batch",
+        "adam-sampled",
+        "adam-full",
+        "adam-in-batch-classic",
+        "adagrad-classic-cosine",
+    ],
 )
 def test_float64_updates_are_equal_at_1_2_and_4_ranks(tmp_path, data, optimizers, loss):
     reference, reference_losses = run(1, tmp_path, data, "run", *optimizers, *loss, "precision=fp64")
@@ -52,6 +70,15 @@ def test_float64_updates_are_equal_at_1_2_and_4_ranks(tmp_path, data, optimizers
     for world in (2, 4):
         state, losses = run(world, tmp_path, data, "run", *optimizers, *loss, "precision=fp64")
         assert losses == pytest.approx(reference_losses, rel=1e-10)
+        for name, tensor in reference.items():
+            assert relative_error(state[name], tensor) < 1e-10, name
+
+
+def test_micro_batches_share_the_negatives_of_the_whole_batch(tmp_path, data):
+    reference, losses = run(1, tmp_path, data, "whole", *SGD, *IN_BATCH, "precision=fp64")
+    for world in (1, 2):
+        state, parts = run(world, tmp_path, data, "parts", *SGD, *IN_BATCH, "precision=fp64", "accumulation=4")
+        assert parts == pytest.approx(losses, rel=1e-10)
         for name, tensor in reference.items():
             assert relative_error(state[name], tensor) < 1e-10, name
 

@@ -30,7 +30,13 @@ MAY_IMPORT = {
     "gru4recf_dist.recommender": ("gru4recf_dist.table", *RUN_TIME),
     "gru4recf_dist.evaluation": ("gru4recf_dist.table", "gru4recf_dist.recommender", *RUN_TIME),
     "gru4recf_dist.planning": RUN_TIME,
-    "gru4recf_dist.checkpoint": ("gru4recf_dist.checkpoint_files", "gru4recf_dist.table", *RUN_TIME),
+    "gru4recf_dist.checkpoint": (
+        "gru4recf_dist.checkpoint_blocks",
+        "gru4recf_dist.checkpoint_files",
+        "gru4recf_dist.table",
+        *RUN_TIME,
+    ),
+    "gru4recf_dist.checkpoint_blocks": (),
     "gru4recf_dist.checkpoint_files": ("gru4recf_dist.data", *BASE),
     "data_prep": (
         "gru4recf_dist.data.filesystems",

@@ -183,7 +183,8 @@ def _loss_and_gradients(objective: Objective, queries, targets, weights, step):
     before = table.weight.clone()
     queries = queries.clone().requires_grad_()
     positives = table.weight[targets].requires_grad_()
-    loss = objective(queries, positives, _batch(targets, weights), step)
+    batch = _batch(targets, weights)
+    loss = objective(queries, positives, batch, objective.propose([batch], step))
     loss.backward()
     table.apply_gradients(lr=1.0)
     gradient = before - table.weight
@@ -216,23 +217,25 @@ def test_full_softmax_and_a_sampler_of_every_item_once_equal_cross_entropy(alone
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("in_batch", [0, 6, 30])
 @pytest.mark.parametrize("logq", ["exact", "classic", "off"])
 @pytest.mark.parametrize("kind", ["popularity", "log_uniform", "uniform"])
-def test_sampled_loss_equals_the_formula_summed_draw_by_draw(alone, kind, logq):
+def test_sampled_loss_equals_the_formula_summed_draw_by_draw(alone, kind, logq, in_batch):
     draws = 64
-    settings = {"negatives": draws, "sampler": kind, "logq": logq, "block_rows": 4}
+    settings = {"negatives": draws, "in_batch": in_batch, "sampler": kind, "logq": logq, "block_rows": 4}
     config = Config(data="-", run_dir="-", loss=settings)
     sampler = NegativeSampler(_popularity(), config.loss, seed=11)
     objective, table = _objective(alone, sampler, **settings)
     queries, targets = _normal(T, D), _targets()
-    drawn = sampler.draw(step=5)
+    drawn = objective.propose([_batch(targets, torch.ones(T))], step=5).negatives
     assert drawn.counts.max() > 1, "the test is about repeated draws too"
     assert set(drawn.ids) & set(targets.tolist()), "and about targets among the negatives"
     draw_list = [int(item) for item, count in zip(drawn.ids, drawn.counts, strict=True) for _ in range(count)]
-    assert len(draw_list) == draws
+    assert len(draw_list) == draws + in_batch
 
     def expected_count(item: int) -> float:
-        return draws * math.exp(float(sampler.log_q(np.array([item]))[0]))
+        of_batch = targets.tolist().count(item) / len(targets)
+        return draws * math.exp(float(sampler.log_q(np.array([item]))[0])) + in_batch * of_batch
 
     total = 0.0
     for query, target in zip(queries.tolist(), targets.tolist(), strict=True):
@@ -260,7 +263,9 @@ def test_events_of_weight_zero_cost_nothing_and_move_nothing(alone):
         assert value == 0.0 and not queries.any() and not table.any()
 
 
-def test_the_mean_sampled_gradient_tends_to_that_of_full_softmax_with_exact_logq_only(alone):
+@pytest.mark.parametrize("in_batch", [0, 9, 40], ids=["sampled", "in batch", "mostly in batch"])
+@pytest.mark.parametrize("kind", ["popularity", "log_uniform", "uniform"])
+def test_the_mean_sampled_gradient_tends_to_that_of_full_softmax_with_exact_logq_only(alone, kind, in_batch):
     draws, targets = 300, _targets()
     _, table = _objective(alone, None)
     # Queries near their targets: the target's own term must matter for its correction to show.
@@ -268,8 +273,9 @@ def test_the_mean_sampled_gradient_tends_to_that_of_full_softmax_with_exact_logq
     _, _, full = _full_softmax(queries, table, targets, torch.ones(T))
 
     def error(logq: str, negatives: int) -> float:
-        config = Config(data="-", run_dir="-", loss={"negatives": negatives}).loss
-        objective, _ = _objective(alone, NegativeSampler(_popularity(), config, seed=1), logq=logq)
+        settings = {"sampler": kind, "negatives": negatives, "in_batch": in_batch, "logq": logq}
+        config = Config(data="-", run_dir="-", loss=settings).loss
+        objective, _ = _objective(alone, NegativeSampler(_popularity(), config, seed=1), **settings)
         gradients = (_loss_and_gradients(objective, queries, targets, torch.ones(T), step)[2] for step in range(draws))
         return float((sum(gradients) / draws - full).norm() / full.norm())
 

@@ -51,7 +51,12 @@ MAY_IMPORT = {
 }
 # Module -> the only ones that may import it.
 ONLY_IMPORTED_BY = {
-    "gru4recf_dist.trainer": ("benchmarks.__main__", *(f"gru4recf_dist.{program}" for program in PROGRAMS)),
+    "gru4recf_dist.trainer": (
+        "benchmarks.__main__",
+        "benchmarks.wire",
+        "benchmarks.wire",
+        *(f"gru4recf_dist.{program}" for program in PROGRAMS),
+    ),
 }
 # Part of the project -> what it must never import, of anyone's.
 NEVER_IMPORTS = {"gru4recf_dist.model": "torch.distributed", "data_prep": "torch"}

@@ -54,7 +54,6 @@ ONLY_IMPORTED_BY = {
     "gru4recf_dist.trainer": (
         "benchmarks.__main__",
         "benchmarks.wire",
-        "benchmarks.wire",
         *(f"gru4recf_dist.{program}" for program in PROGRAMS),
     ),
 }

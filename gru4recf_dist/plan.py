@@ -34,6 +34,7 @@ _KEYS = {
     "accumulation": "accumulation",
     "negatives": "loss.negatives",
     "table_optimizer": "table.optimizer",
+    "table_device": "table.device",
 }
 _UNITS = {
     "matmul_tflops": "TFLOP/s of float32 products",
@@ -65,17 +66,17 @@ def main(arguments: list[str] | None = None) -> None:
     print(json.dumps(plan) if given.json else _text(workload, machine, plan))
 
 
-def make_plan(workload: Workload, machine: speed.Machine, gpu_bytes: float, node_bytes: float) -> dict:
+def make_plan(workload: Workload, machine: speed.Machine, gpu_limit: float, node_limit: float) -> dict:
     """The plan as JSON types: sizes in bytes, times in seconds; ``gpus_needed`` is null if no number is enough."""
     counts = expected_counts(workload)
-    limits = (gpu_bytes, node_bytes, machine.ranks_per_node)
+    limits = (gpu_limit, node_limit, machine.ranks_per_node)
     seconds = speed.step_seconds(workload, counts, machine)
     return {
         "counts": asdict(counts),
         "device_bytes": memory.device_bytes(workload, counts),
-        "host_bytes": memory.host_bytes(workload),
-        "gpu_bytes": gpu_bytes,
-        "node_bytes": node_bytes,
+        "node_bytes": memory.node_bytes(workload, machine.ranks_per_node),
+        "device_limit": gpu_limit,
+        "node_limit": node_limit,
         "fits": memory.fits(workload, *limits),
         "gpus_needed": memory.ranks_needed(workload, *limits),
         "wire_bytes": wire.sent_bytes(workload, counts),
@@ -115,9 +116,7 @@ def _workload(given: argparse.Namespace) -> Workload:
         )
     if not features:
         config = config.model_copy(update={"model": config.model.model_copy(update={"fusion": "item_only"})})
-    return Workload(
-        config, items, given.gpus, given.session_events or events, features, popular, given.table_placement == "host"
-    )
+    return Workload(config, items, given.gpus, given.session_events or events, features, popular)
 
 
 def _feature(text: str, place: int) -> ItemFeature:
@@ -145,12 +144,12 @@ def _text(workload: Workload, machine: speed.Machine, plan: dict) -> str:
         + (f"; {counts['negatives']:,.0f} distinct negatives" if workload.samples else ""),
         "",
         *_section("memory of a rank's device", plan["device_bytes"], GIB, "GiB"),
-        *_section("host memory of a rank", plan["host_bytes"], GIB, "GiB"),
+        *_section("host memory of a node", plan["node_bytes"], GIB, "GiB"),
         *_section("sent by a rank in a step", plan["wire_bytes"], MIB, "MiB"),
         *_section("time of a step", plan["seconds"], 1e-3, "ms"),
         f"a step takes {1e3 * plan['step_seconds']:.3g} ms: {config.batch_size / plan['step_seconds']:,.0f} sessions/s",
         f"limited by: {plan['limited_by']}",
-        _verdict(workload, machine, plan),
+        _verdict(plan),
     ]
     return "\n".join(lines)
 
@@ -161,19 +160,18 @@ def _section(title: str, parts: dict[str, float], unit: float, name: str) -> lis
     return [f"{left:<34}{right:>14}" for left, right in rows] + [""]
 
 
-def _verdict(workload: Workload, machine: speed.Machine, plan: dict) -> str:
-    device, host = sum(plan["device_bytes"].values()), sum(plan["host_bytes"].values())
-    on_node = min(machine.ranks_per_node, workload.world)
+def _verdict(plan: dict) -> str:
+    device, node = sum(plan["device_bytes"].values()), sum(plan["node_bytes"].values())
     limits = (
-        f"{device / GIB:,.1f} GiB of {plan['gpu_bytes'] / GIB:,.1f} a GPU ({memory.RESERVED:.0%} of it is kept free), "
-        f"{on_node * host / GIB:,.1f} GiB of {plan['node_bytes'] / GIB:,.1f} a node"
+        f"{device / GIB:,.1f} GiB of {plan['device_limit'] / GIB:,.1f} a GPU ({memory.RESERVED:.0%} are kept free), "
+        f"{node / GIB:,.1f} GiB of {plan['node_limit'] / GIB:,.1f} a node"
     )
     needed = plan["gpus_needed"]
     if plan["fits"]:
         return f"it fits: {limits}; the fewest GPUs that hold it: {needed}"
     if needed is not None:
         return f"IT DOES NOT FIT: {limits}; it takes {needed} GPUs"
-    large = {**plan["device_bytes"], **{name: on_node * size for name, size in plan["host_bytes"].items()}}
+    large = {**plan["device_bytes"], **plan["node_bytes"]}
     return (
         f"IT DOES NOT FIT: {limits}; nor does it on any number of GPUs that this batch can be dealt to. "
         f"The largest part is: {max(large, key=large.get)}"
@@ -230,11 +228,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--gpus", _count, 1, "ranks")
     for flag, key in _KEYS.items():
         name = f"--{flag.replace('_', '-')}"
-        if flag == "table_optimizer":
+        if flag in ("table_optimizer", "table_device"):
             parser.add_argument(name, help=key)
         else:
             add(name, _count, None, key)
-    parser.add_argument("--table-placement", choices=("device", "host"), default="device")
     add("--gpu-gib", _number, 80.0, "memory of a GPU")
     add("--node-gib", _number, 1024.0, "host memory of a node")
     add("--gpus-per-node", _count, 8, "ranks that share a node")

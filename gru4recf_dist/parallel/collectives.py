@@ -112,12 +112,17 @@ class _AllGatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         counts, longest = ctx.counts, max(ctx.counts)
+        purpose = traffic.GRADIENTS_OF.get(ctx.purpose, ctx.purpose)
+        if not gradient.is_cuda:
+            # gloo makes an all-reduce of a reduce-scatter: twice the bytes.
+            world, mine = len(counts), counts[ctx.group.rank()]
+            parts = all_to_all(gradient, [mine] * world, counts, ctx.group, purpose)
+            return parts.view(world, mine, *gradient.shape[1:]).sum(dim=0), None, None, None
         if min(counts) != longest:
             padded = gradient.new_zeros(longest * len(counts), *gradient.shape[1:])
             padded[_own_places(counts, gradient.device)] = gradient
             gradient = padded
         share = gradient.new_empty(longest, *gradient.shape[1:])
-        purpose = traffic.GRADIENTS_OF.get(ctx.purpose, ctx.purpose)
         traffic.TOTAL.add(purpose, (len(counts) - 1) * longest * _row_bytes(share))
         _reduce_scatter_single(share, gradient.contiguous(), group=ctx.group)
         return share[: counts[ctx.group.rank()]], None, None, None

@@ -22,8 +22,6 @@ def device_bytes(workload: Workload, counts: StepCounts) -> dict[str, float]:
     size, dim = workload.element_bytes, workload.dim
     row = dim * size
     parts = {} if workload.host_table else _table(workload)
-    if workload.features:
-        parts["item features"] = float(workload.rows * sum(feature.row_bytes for feature in workload.features))
     parts["encoder, gradients, moments"] = _encoder(workload)
     parts["activations"] = counts.events_largest * _activation_elements(workload) * size
     candidates = counts.negatives if workload.samples else workload.rows
@@ -41,20 +39,25 @@ def device_bytes(workload: Workload, counts: StepCounts) -> dict[str, float]:
     return parts
 
 
-def host_bytes(workload: Workload) -> dict[str, float]:
-    """Of a rank, in host memory."""
-    parts = _table(workload) if workload.host_table else {}
-    arrays = {"popularity": 2, "log_uniform": 3, "uniform": 1}[workload.config.loss.sampler] if workload.samples else 1
+def node_bytes(workload: Workload, ranks_per_node: int) -> dict[str, float]:
+    """Of a node, in host memory."""
+    ranks = min(ranks_per_node, workload.world)
+    parts = {part: ranks * size for part, size in _table(workload).items()} if workload.host_table else {}
+    # The ranks of a node share these: counts, and a running sum or two orders of half the width.
+    arrays = 2 if workload.samples and workload.config.loss.sampler != "uniform" else 1
     parts["popularity and sampler"] = 8.0 * arrays * (workload.items + 1)
     return parts
 
 
 def _table(workload: Workload) -> dict[str, float]:
     state = row_state_elements(workload.config.table.optimizer, workload.dim)
-    return {
+    parts = {
         "table rows": float(workload.rows * workload.dim * workload.element_bytes),
         "row optimizer state": float(workload.rows * state * workload.element_bytes),
     }
+    if workload.features:
+        parts["item features"] = float(workload.rows * sum(feature.row_bytes for feature in workload.features))
+    return parts
 
 
 def _encoder(workload: Workload) -> float:
@@ -84,21 +87,21 @@ def _activation_elements(workload: Workload) -> int:
     return 2 * kept
 
 
-def fits(workload: Workload, gpu_bytes: float, node_bytes: float, ranks_per_node: int) -> bool:
+def fits(workload: Workload, gpu_limit: float, node_limit: float, ranks_per_node: int) -> bool:
     """Whether device and host memory hold a rank's and a node's parts."""
     on_device = sum(device_bytes(workload, expected_counts(workload)).values())
-    on_node = sum(host_bytes(workload).values()) * min(ranks_per_node, workload.world)
-    return on_device <= gpu_bytes * (1.0 - RESERVED) and on_node <= node_bytes
+    on_node = sum(node_bytes(workload, ranks_per_node).values())
+    return on_device <= gpu_limit * (1.0 - RESERVED) and on_node <= node_limit
 
 
-def ranks_needed(workload: Workload, gpu_bytes: float, node_bytes: float, ranks_per_node: int) -> int | None:
+def ranks_needed(workload: Workload, gpu_limit: float, node_limit: float, ranks_per_node: int) -> int | None:
     """The fewest ranks that fit, at the same global batch; None if no number does.
 
     A rank needs a session at least, so there are at most as many as a batch has sessions.
     """
 
     def enough(world: int) -> bool:
-        return fits(replace(workload, world=world), gpu_bytes, node_bytes, ranks_per_node)
+        return fits(replace(workload, world=world), gpu_limit, node_limit, ranks_per_node)
 
     most = workload.config.batch_size // workload.config.accumulation
     low, high = 0, 1

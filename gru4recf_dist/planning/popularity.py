@@ -51,6 +51,23 @@ class Popularity:
             proposal = Popularity(np.maximum(self.weight, 1.0) ** alpha, self.items)
         return proposal.distinct(draws)
 
+    def distinct_beside(self, events: float, draws: int, sampler: str, alpha: float) -> float:
+        """Expected distinct items among ``events`` that are not among ``draws`` negatives."""
+        if sampler == "popularity":
+            mass = (self.weight if self.events is None else np.maximum(self.weight, 1.0)) ** alpha
+        elif sampler == "uniform":
+            mass = np.ones_like(self.weight)
+        else:
+            falling = np.argsort(-self.weight, kind="stable")
+            ends = 1.0 + np.cumsum(self.items[falling])
+            mass = np.empty_like(self.weight)
+            mass[falling] = np.log(ends / (ends - self.items[falling])) / self.items[falling]
+        share, proposal = self.weight / (self.weight @ self.items), mass / (mass @ self.items)
+        smallest = 1.0 - 1e-12
+        met = -np.expm1(events * np.log1p(-np.minimum(share, smallest)))
+        missed = np.exp(draws * np.log1p(-np.minimum(proposal, smallest)))
+        return float((met * missed) @ self.items)
+
 
 def zipf(items: int, exponent: float) -> Popularity:
     """Popularity of the r-th item in proportion to r ** -exponent."""

@@ -22,16 +22,23 @@ def sent_bytes(workload: Workload, counts: StepCounts) -> dict[str, float]:
         "row_gradients": row * counts.ids * remote,
     }
     if workload.samples:
-        sent["negatives"] = sent["negative_gradients"] = row * (
-            counts.negatives_share * others + counts.negatives_moved
-        )
+        moved = row * counts.negatives_moved
+        sent["negatives"] = moved + row * counts.negatives_share * others
+        share = counts.negatives / world if workload.over_gloo else counts.negatives_share
+        sent["negative_gradients"] = moved + row * share * others
     else:
         sent["counts"] *= 2.0
-        sent["queries"] = sent["query_gradients"] = row * counts.events_largest * others
+        sent["queries"] = row * counts.events_largest * others
+        largest = counts.events if workload.config.device == "cpu" else counts.events_largest
+        sent["query_gradients"] = row * largest * others
         partial = workload.element_bytes * counts.events * others
         sent["partial_sums"] = sent["partial_sum_gradients"] = partial
     # All of these are made anew for each micro-batch.
     sent = {purpose: size * config.accumulation for purpose, size in sent.items()}
+    if workload.samples and config.loss.in_batch:
+        # Once for all micro-batches, as 32 bits.
+        sent["counts"] += 8.0 * others
+        sent["targets"] = 4.0 * counts.events_largest * config.accumulation * others
     parameters = workload.encoder_parameters * workload.element_bytes
     sent["encoder_gradients"] = remote * parameters * _parts(workload)
     clipping = workload.element_bytes if config.table.clip is not None else 0

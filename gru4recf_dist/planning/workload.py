@@ -41,7 +41,6 @@ class Workload:
         items: N.
         world: ranks, one a GPU.
         session_events: mean events of a training session.
-        host_table: whether the table lies in host memory and only the rows of a step on the device.
     """
 
     config: Config
@@ -50,11 +49,20 @@ class Workload:
     session_events: float
     features: tuple[ItemFeature, ...]
     popularity: Popularity
-    host_table: bool = False
+
+    @property
+    def host_table(self) -> bool:
+        """Whether the table lies in host memory, and only the rows of a step on the device."""
+        return self.config.table.device == "cpu"
 
     @property
     def samples(self) -> bool:
         return self.config.loss.name == "sampled_softmax"
+
+    @property
+    def over_gloo(self) -> bool:
+        """Whether rows travel between hosts' memories: their gradients are then sent without padding."""
+        return self.config.device == "cpu" or self.host_table
 
     @property
     def rows(self) -> int:
@@ -110,6 +118,9 @@ def expected_counts(workload: Workload) -> StepCounts:
     if workload.samples:
         loss = config.loss
         negatives = workload.popularity.distinct_negatives(loss.negatives, loss.sampler, loss.alpha)
+        negatives += workload.popularity.distinct_beside(
+            min(loss.in_batch, events * world), loss.negatives, loss.sampler, loss.alpha
+        )
         # Ids are in a pseudo-random order: a distinct item falls to each rank alike.
         share = min(negatives, negatives / world + spread * math.sqrt(negatives / world * (1.0 - 1.0 / world)))
         if share * world > (1.0 + PADDING) * negatives:

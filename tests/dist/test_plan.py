@@ -14,7 +14,8 @@ from gru4recf_dist.planning import popularity
 from gru4recf_dist.planning.wire import sent_bytes
 from gru4recf_dist.planning.workload import ItemFeature, StepCounts, Workload, expected_counts
 from gru4recf_dist.recommender import feature_specs
-from gru4recf_dist.table.negatives import NegativeSampler, read_popularity
+from gru4recf_dist.table.item_table import ShardedItemTable
+from gru4recf_dist.table.negatives import read_popularity
 from gru4recf_dist.table.partition import RowPartition
 from tests.support.ranks import run_ranks
 from tests.support.synthetic import random_sessions, write_dataset
@@ -28,6 +29,7 @@ LOSSES = {
     "sampled": ("loss.name=sampled_softmax", "table.clip=1.0"),
     "full": ("loss.name=full_softmax", "loss.block_rows=512"),
     "micro-batches": ("accumulation=2",),
+    "in-batch": ("loss.in_batch=64",),
 }
 
 
@@ -41,18 +43,24 @@ def data(tmp_path_factory):
     return folder
 
 
-def _train_and_count(ranks, config) -> list[tuple[int, int]]:
-    """Train; events and distinct ids of each of this rank's micro-batches."""
+def _train_and_count(ranks, config) -> tuple[list[tuple[int, int]], list[np.ndarray]]:
+    """Train; of each of this rank's micro-batches events and distinct ids, and the negatives."""
     seen, route = [], training_step.route
+    negatives, gather = [], ShardedItemTable.gather
 
     def recorded(partition, items, targets):
         routing = route(partition, items, targets)
         seen.append((len(items), len(routing.ids)))
         return routing
 
-    training_step.route = recorded
+    def gathered(table, ids):
+        negatives.append(ids)
+        return gather(table, ids)
+
+    training_step.route, ShardedItemTable.gather = recorded, gathered
     train(ranks, config)
-    return seen
+    # What was prepared beyond the last step does not count.
+    return seen[: STEPS * config.accumulation], negatives
 
 
 def _workload(config, world: int) -> Workload:
@@ -64,12 +72,10 @@ def _workload(config, world: int) -> Workload:
     return Workload(config, ITEMS, world, events, tuple(features), popularity.of_counts(counts[1:]))
 
 
-def _measured(workload: Workload, seen: np.ndarray) -> StepCounts:
-    """``seen``: [W, micro-batches, 2], events and ids. The negatives are drawn here once more."""
-    config, shares, moved, distinct = workload.config, [], [], []
-    sampler = NegativeSampler(read_popularity(config.data, read_manifest(config.data)), config.loss, config.seed)
-    for step in range(1, STEPS + 1):
-        ids = sampler.draw(step).ids
+def _measured(workload: Workload, seen: np.ndarray, negatives: list[np.ndarray]) -> StepCounts:
+    """``seen``: [W, micro-batches, 2], events and ids; ``negatives``: ids of each micro-batch."""
+    shares, moved, distinct = [], [], []
+    for ids in negatives:
         counts, moves = collectives.gather_shares(RowPartition(ITEMS + 1, workload.world).split(ids).tolist())
         distinct.append(len(ids))
         shares.append(max(counts))
@@ -78,9 +84,9 @@ def _measured(workload: Workload, seen: np.ndarray) -> StepCounts:
         events=seen[:, :, 0].mean(),
         events_largest=seen[:, :, 0].max(axis=0).mean(),
         ids=seen[:, :, 1].mean(),
-        negatives=np.mean(distinct),
-        negatives_share=np.mean(shares),
-        negatives_moved=np.mean(moved),
+        negatives=np.mean(distinct or [0]),
+        negatives_share=np.mean(shares or [0]),
+        negatives_moved=np.mean(moved or [0]),
     )
 
 
@@ -88,7 +94,8 @@ def _measured(workload: Workload, seen: np.ndarray) -> StepCounts:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_bytes_on_the_wire_are_those_of_a_run(tmp_path, data, world, loss):
     config = small_config(data, tmp_path / "run", *SETTINGS, *LOSSES[loss])
-    seen = np.array(run_ranks(world, _train_and_count, tmp_path, config))
+    results = run_ranks(world, _train_and_count, tmp_path, config)
+    seen = np.array([events_and_ids for events_and_ids, _ in results])
     assert seen.shape[:2] == (world, STEPS * config.accumulation)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "train/lr" in line]
@@ -97,15 +104,14 @@ def test_bytes_on_the_wire_are_those_of_a_run(tmp_path, data, world, loss):
     found = {name[5:-6]: np.mean([line[name] for line in steps]) / world for name in names}
 
     workload = _workload(config, world)
-    measured = _measured(workload, seen)
+    measured = _measured(workload, seen, results[0][1])
     # Given the counts of the run, every collective's bytes within 1 %.
     assert sent_bytes(workload, measured) == pytest.approx(found, rel=0.01)
     assert sum(found.values()) == pytest.approx(np.mean([line["wire/bytes"] for line in steps]) / world)
     # The counts themselves, expected by the items' popularity: within 2 %; of the largest rank within 5 %.
     expected = expected_counts(workload)
-    sampled = workload.samples
-    for name in ("events", "ids", *(["negatives"] if sampled else [])):
+    for name in ("events", "ids", "negatives"):
         assert getattr(expected, name) == pytest.approx(getattr(measured, name), rel=0.02), name
-    for name in ("events_largest", *(["negatives_share"] if sampled else [])):
+    for name in ("events_largest", "negatives_share"):
         assert getattr(expected, name) == pytest.approx(getattr(measured, name), rel=0.05), name
     assert sent_bytes(workload, expected) == pytest.approx(found, rel=0.05)

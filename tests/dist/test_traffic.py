@@ -53,8 +53,9 @@ def test_what_each_rank_sends_is_counted(tmp_path):
         back = sum(splits[other][rank] for other in others)
         # Rows of 3 float64; a rank that sends nothing does not show.
         assert seen["rows"].get("rows", 0) == away * 24 and seen["rows"].get("row_gradients", 0) == back * 24
-        # Rows of 5 float32, padded to the longest share, to each of 3 others.
-        assert seen["gather"] == {"queries": 3 * 30 * 20, "query_gradients": 3 * 30 * 20}
+        # Rows of 5 float32, padded to the longest share, to each of 3 others; each of theirs gets its gradient back.
+        gradients = (sum(counts) - counts[rank]) * 20
+        assert seen["gather"] == {"queries": 3 * 30 * 20, "query_gradients": gradients}
         # Rank 0 hands 15 of its 30 rows on: 5 fill rank 1 up to 15, in the order of ranks what follows moves too.
         moved = {0: 15, 1: 10, 2: 5, 3: 0}[rank]
         returned = {0: 0, 1: 15, 2: 10, 3: 5}[rank]

@@ -68,9 +68,9 @@ def test_table_and_its_state_are_counted_row_by_row(optimizer, floats):
     # 1000 rows with the padding row, 125 a rank.
     assert parts["table rows"] == 125 * 64 * 4
     assert parts["row optimizer state"] == 125 * floats * 4
-    on_host = replace(plan, host_table=True)
+    on_host = _workload(999, 8, table__optimizer=optimizer, table__device="cpu")
     assert "table rows" not in memory.device_bytes(on_host, expected_counts(on_host))
-    assert memory.host_bytes(on_host)["table rows"] == 125 * 64 * 4
+    assert memory.node_bytes(on_host, 4)["table rows"] == 4 * 125 * 64 * 4
 
 
 def test_one_rank_sends_nothing():

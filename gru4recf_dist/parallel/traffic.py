@@ -22,6 +22,7 @@ PURPOSES = (
     "counts",
     "ids",
     "features",
+    "batch_targets",
     *(purpose for pair in GRADIENTS_OF.items() for purpose in pair),
     "encoder_gradients",
     "loss",

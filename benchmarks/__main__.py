@@ -18,7 +18,6 @@ import time
 from benchmarks.measuring import launch, packed_events
 from gru4recf_dist import config as configuration
 from gru4recf_dist.config import Config
-from gru4recf_dist.data.batches import pack_micro_batches
 from gru4recf_dist.data.shard_format import read_manifest
 from gru4recf_dist.data.streams import SessionLoader
 from gru4recf_dist.errors import exits_cleanly
@@ -87,9 +86,7 @@ def _worker(config: Config, steps: int) -> None:
         seconds, events = [], 0
         while len(seconds) < steps:
             for block in trainer.loader:
-                batches = pack_micro_batches(
-                    block, config.accumulation, config.loader.max_length, config.loader.context
-                )
+                batches = trainer.step.prepare(block)
                 started = time.perf_counter()
                 events += trainer.update(batches).events
                 seconds.append(time.perf_counter() - started)

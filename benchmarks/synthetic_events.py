@@ -11,7 +11,8 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from data_prep import writer
-from gru4recf_dist.data.shard_format import Manifest, SplitInfo, write_manifest
+from gru4recf_dist.data import storage
+from gru4recf_dist.data.shard_format import POPULARITY, Manifest, SplitInfo, write_manifest
 
 MEAN_LENGTH, LONGEST = 8, 200
 ITEMS = 1_000_000
@@ -21,10 +22,10 @@ CHUNK_SESSIONS = 1 << 17
 SECONDS_BETWEEN_SESSIONS = 0.05
 
 
-def sessions(events: int, seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def sessions(events: int, seed: int = 0, items: int = ITEMS) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Chunks of sessions, together about ``events`` events: items int32 [E] and lengths int32 [n], at least 2 each."""
     generator = np.random.default_rng(seed)
-    mass = np.cumsum(np.arange(1, ITEMS + 1, dtype=np.float64) ** -ZIPF_EXPONENT)
+    mass = np.cumsum(np.arange(1, items + 1, dtype=np.float64) ** -ZIPF_EXPONENT)
     left = round(events / MEAN_LENGTH)
     while left:
         count = min(left, CHUNK_SESSIONS)
@@ -35,20 +36,28 @@ def sessions(events: int, seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarra
         yield np.searchsorted(mass, draws).astype(np.int32) + 1, lengths
 
 
-def write_dataset(data: str, events: int) -> Manifest:
-    """A data set of training sessions alone, with as many streams as preparation would choose."""
-    chunks = list(sessions(events))
-    items, lengths = (np.concatenate([chunk[i] for chunk in chunks]) for i in (0, 1))
+def write_dataset(data: str, events: int, items: int = ITEMS, used: int | None = None) -> Manifest:
+    """A data set of training sessions alone, with as many streams as preparation would choose.
+
+    Args:
+        items: N.
+        used: how many of them occur, at equal distances; default: as many as are drawn. The same ``used`` gives the
+            same sessions in a catalog of any size.
+    """
+    used = used or items
+    chunks = [((each - 1) * (items // used) + 1, lengths) for each, lengths in sessions(events, items=used)]
+    ids, lengths = (np.concatenate([chunk[i] for chunk in chunks]) for i in (0, 1))
+    storage.write_npy(storage.join(data, POPULARITY), np.bincount(ids, minlength=items + 1).astype(np.int64))
     streams = writer.choose_streams(len(lengths))
     numbers = np.arange(len(lengths))
     by_stream = numbers[np.argsort(numbers % streams, kind="stable")]
-    arriving = pa.record_batch({"number": np.repeat(by_stream, lengths), "item": items})
+    arriving = pa.record_batch({"number": np.repeat(by_stream, lengths), "item": ids})
     settings = {"streams": streams, "shard_sessions": 65536, "block_sessions": 1024, "last_event_only": False}
     train = writer.split_info(list(writer.write_shards(iter([arriving]), data=data, split="train", **settings)))
     empty = SplitInfo(sessions=0, events=0, targets=0, shards=[])
     splits = {"train": train, "valid": empty, "test": empty}
     manifest = Manifest(
-        name="synthetic", seed=0, items=ITEMS, streams=streams, protocol="every_position", splits=splits
+        name="synthetic", seed=0, items=items, streams=streams, protocol="every_position", splits=splits
     )
     write_manifest(data, manifest)
     return manifest

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
+from gru4recf_dist.model.packed_gru import PackedGRU
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel.deepspeed_settings import choose_accelerator
 from gru4recf_dist.parallel.ranks import Ranks
@@ -40,8 +41,8 @@ def counted_operations(module: nn.Module, device: torch.device) -> Iterator[dict
 
     counts: dict[str, float] = {}
     hooks = deepspeed_profiler.MODULE_HOOK_MAPPING
-    # Its own cannot read packed sequences.
-    theirs, hooks[nn.GRU] = hooks[nn.GRU], _count_packed_gru
+    # It knows no GRU of packed sequences.
+    hooks[PackedGRU] = _count_packed_gru
     profiler = deepspeed_profiler.FlopsProfiler(module)
     try:
         profiler.start_profile()
@@ -53,10 +54,10 @@ def counted_operations(module: nn.Module, device: torch.device) -> Iterator[dict
         counts["forward_seconds"] = float(profiler.get_total_duration())
     finally:
         profiler.end_profile()
-        hooks[nn.GRU] = theirs
+        del hooks[PackedGRU]
 
 
-def _count_packed_gru(gru: nn.GRU, inputs: tuple[PackedSequence, ...], output) -> None:
+def _count_packed_gru(gru: PackedGRU, inputs: tuple[PackedSequence, ...], output) -> None:
     """Add the operations of one call: of each event, every layer's three gates see the input and the last state."""
     events = len(inputs[0].data)
     for layer in range(gru.num_layers):

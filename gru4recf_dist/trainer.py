@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,6 @@ from gru4recf_dist import recommender, trained_run, typed_yaml, warm_start
 from gru4recf_dist.checkpoint import Checkpoints, weight_settings
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
-from gru4recf_dist.data.batches import PackedBatch, pack_micro_batches
 from gru4recf_dist.data.streams import SessionLoader
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.evaluation.baselines import evaluate_baselines
@@ -28,7 +27,7 @@ from gru4recf_dist.parallel.node_arrays import NodeArrays
 from gru4recf_dist.parallel.ranks import Ranks, from_first
 from gru4recf_dist.schedule import factor
 from gru4recf_dist.table.negatives import NegativeSampler, read_popularity
-from gru4recf_dist.training_step import StepResult, TrainingStep
+from gru4recf_dist.training_step import MicroBatch, StepResult, TrainingStep
 
 
 @dataclass
@@ -93,7 +92,7 @@ class Trainer:
         objective = Objective(config, self.table, sampler)
         self.step = TrainingStep(config, self.model, self.engine, objective, ranks)
         self.evaluator = Evaluator(config, self.manifest, self.popularity, ranks)
-        self.progress = Progress()
+        self.progress, self._window = Progress(), _Window()
         self._stop_requested = False
         self._resume(newest)
         self.total_steps = total_steps(config, self.loader, self.progress.step)
@@ -116,33 +115,32 @@ class Trainer:
         finished = progress.step >= self.total_steps or self._out_of_patience()
         self._window = _Window()
         while not finished:
-            batches = iter(self.loader)
             steps = self.loader.steps_left
-            for left in range(steps - 1, -1, -1):
-                before = time.perf_counter()
-                packed = pack_micro_batches(
-                    next(batches), config.accumulation, config.loader.max_length, config.loader.context
-                )
-                self._window.wait_seconds += time.perf_counter() - before
-                done = self.update(packed)
-                progress.trained_seconds += time.perf_counter() - before
-                finished = progress.step >= self.total_steps
-                evaluate = self._evaluation_is_due(epoch_ended=left == 0, last=finished)
-                save = self._checkpoint_is_due(epoch_ended=left == 0) or finished or done.stop
-                self._log(done, at_once=evaluate or save)
-                is_best = evaluate and self._evaluate()
-                finished = finished or self._out_of_patience()
-                if save or is_best or finished:
-                    self._save(is_best)
-                if done.stop and not finished:
-                    self.monitor.say(f"stopped by a signal after step {progress.step}; the run can be resumed")
-                    self.monitor.close()
-                    return None
-                if finished:
-                    break
+            # However the loop is left, the thread that prepares the next batch has then ended.
+            with closing(self.loader.prepared(self.step.prepare)) as batches:
+                for left in range(steps - 1, -1, -1):
+                    before = time.perf_counter()
+                    prepared = next(batches)
+                    self._window.wait_seconds += time.perf_counter() - before
+                    done = self.update(prepared)
+                    progress.trained_seconds += time.perf_counter() - before
+                    finished = progress.step >= self.total_steps
+                    evaluate = self._evaluation_is_due(epoch_ended=left == 0, last=finished)
+                    save = self._checkpoint_is_due(epoch_ended=left == 0) or finished or done.stop
+                    self._log(done, at_once=evaluate or save)
+                    is_best = evaluate and self._evaluate()
+                    finished = finished or self._out_of_patience()
+                    if save or is_best or finished:
+                        self._save(is_best)
+                    if done.stop and not finished:
+                        self.monitor.say(f"stopped by a signal after step {progress.step}; the run can be resumed")
+                        self.monitor.close()
+                        return None
+                    if finished:
+                        break
         return self._finish()
 
-    def update(self, batches: list[PackedBatch]) -> StepResult:
+    def update(self, batches: list[MicroBatch]) -> StepResult:
         """The next update."""
         progress = self.progress
         progress.step += 1

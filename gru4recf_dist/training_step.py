@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from gru4recf_dist.config import Config
-from gru4recf_dist.data.batches import PackedBatch
+from gru4recf_dist.data.batches import PackedBatch, pack_micro_batches
+from gru4recf_dist.data.blocks import Block
 from gru4recf_dist.objective import Objective
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel.engines import Engine
@@ -18,7 +19,15 @@ from gru4recf_dist.parallel.loss_scale import LossScale
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.recommender import Recommender
 from gru4recf_dist.table.batch_negatives import StepProposal
-from gru4recf_dist.table.partition import route
+from gru4recf_dist.table.partition import Routing, route
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A packed batch, and where the rows of its inputs and targets lie: integers only."""
+
+    packed: PackedBatch
+    routing: Routing
 
 
 @dataclass(frozen=True)
@@ -51,11 +60,20 @@ class TrainingStep:
         self.loss_scale = LossScale(config.loss_scale if config.precision == "fp16" else None)
         self._watch = _GradientWatch(engine.module.parameters())
 
-    def __call__(self, batches: list[PackedBatch], step: int, factor: float, stop: bool) -> StepResult:
+    def prepare(self, block: Block) -> list[MicroBatch]:
+        """This rank's sessions of a global batch, ready for an update.
+
+        It reads no row and no weight, so it may run while the update before is made: rows would be stale.
+        """
+        loader, partition = self.config.loader, self.model.table.partition
+        packed = pack_micro_batches(block, self.config.accumulation, loader.max_length, loader.context)
+        return [MicroBatch(batch, route(partition, batch.items, batch.targets)) for batch in packed]
+
+    def __call__(self, batches: list[MicroBatch], step: int, factor: float, stop: bool) -> StepResult:
         """One update.
 
         Args:
-            batches: this rank's part of the global batch, in as many micro-batches on every rank.
+            batches: this rank's part of the global batch, of `prepare`.
             step: its number, from 1; decides dropout and negatives.
             factor: on both learning rates.
             stop: whether this rank was asked to stop.
@@ -66,8 +84,9 @@ class TrainingStep:
         # Dropout depends on (seed, step, rank) alone: there is no generator state to save.
         torch.manual_seed(hash((self.config.seed, step, self.ranks.rank)) & 0x7FFFFFFFFFFFFFFF)
         scale = self.loss_scale.value
-        counts = self._counts(batches, stop)
-        proposal = self.objective.propose(batches, step)
+        packed = [batch.packed for batch in batches]
+        counts = self._counts(packed, stop)
+        proposal = self.objective.propose(packed, step)
         loss = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for number, batch in enumerate(batches, 1):
             with self.engine.accumulating(last=number == len(batches)):
@@ -88,16 +107,15 @@ class TrainingStep:
             norm = table_norm = torch.tensor(math.nan)
         return StepResult(total_loss, targets, events, sessions_lost, stops > 0, updated, norm, table_norm)
 
-    def _loss(self, batch: PackedBatch, proposal: StepProposal | None) -> torch.Tensor:
+    def _loss(self, batch: MicroBatch, proposal: StepProposal | None) -> torch.Tensor:
         """Sum of this rank's losses over a micro-batch."""
         table = self.model.table
-        routing = route(table.partition, batch.items, batch.targets)
-        item_places, target_places = (places.to(self.ranks.device) for places in routing.inverse)
-        exchange = table.exchange(routing)
+        item_places, target_places = (places.to(self.ranks.device) for places in batch.routing.inverse)
+        exchange = table.exchange(batch.routing)
         features = self.model.features.lookup(exchange)
         rows = table.lookup(exchange)
-        queries = self.engine(rows, features, item_places, batch.batch_sizes)
-        return self.objective(queries, rows[target_places], batch, proposal)
+        queries = self.engine(rows, features, item_places, batch.packed.batch_sizes)
+        return self.objective(queries, rows[target_places], batch.packed, proposal)
 
     def _counts(self, batches: list[PackedBatch], stop: bool) -> collectives.PendingSum:
         """Sums over micro-batches and ranks, on their way while the forward runs."""

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from gru4recf_dist.config import LoaderConfig
 from gru4recf_dist.data import assignment, columns, filesystems
+from gru4recf_dist.data.ahead import one_ahead
 from gru4recf_dist.data.blocks import Block
 from gru4recf_dist.data.shard_format import Manifest, ShardInfo
 from gru4recf_dist.data.shards import Shard
@@ -25,6 +27,8 @@ from gru4recf_dist.errors import UserError
 
 # Sessions that are taken from the streams at a time: taken one by one, Python calls would cost more than the events.
 SESSIONS_AT_A_TIME = 16384
+
+T = TypeVar("T")
 
 
 class Stream:
@@ -224,16 +228,36 @@ class SessionLoader:
 
     def __iter__(self) -> Iterator[Block]:
         """The rest of the current epoch: one block a step, possibly of no session; then the next epoch is current."""
-        per_stream = self.batch_size // len(self.sizes)
         for block in self._parts():
-            self.positions = [
-                min(position + per_stream, size) for position, size in zip(self.positions, self.sizes, strict=True)
-            ]
-            if self.steps_left == 0:
-                self.epoch, self.positions = self.epoch + 1, [0] * len(self.sizes)
+            self._advance()
             yield block
 
-    def _parts(self) -> Iterator[Block]:
+    def prepared(self, prepare: Callable[[Block], T]) -> Generator[T]:
+        """As iteration, with what ``prepare`` makes of each block: a step ahead, in a thread.
+
+        The position is that of what has been handed over, not of what has been read. Close the generator if it is left
+        early.
+        """
+        with contextlib.closing(one_ahead(self._prepared(prepare))) as batches:
+            for batch in batches:
+                self._advance()
+                yield batch
+
+    def _prepared(self, prepare: Callable[[Block], T]) -> Generator[T]:
+        with contextlib.closing(self._parts()) as parts:
+            for part in parts:
+                yield prepare(part)
+
+    def _advance(self) -> None:
+        """One batch was handed over; after an epoch's last the next epoch is current."""
+        per_stream = self.batch_size // len(self.sizes)
+        self.positions = [
+            min(position + per_stream, size) for position, size in zip(self.positions, self.sizes, strict=True)
+        ]
+        if self.steps_left == 0:
+            self.epoch, self.positions = self.epoch + 1, [0] * len(self.sizes)
+
+    def _parts(self) -> Generator[Block]:
         parts, steps = _StreamParts(self), self.steps_left
         # A worker without a stream would only yield empty blocks.
         workers = min(self.config.workers, len(assignment.streams_of(len(self.sizes), self.rank, self.world)))

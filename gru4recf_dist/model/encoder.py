@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gru4recf_dist.config import ModelConfig
 from gru4recf_dist.model.features import FeatureEmbedding, FeatureSpec
+from gru4recf_dist.model.packed_gru import PackedGRU
 from gru4recf_dist.model.scoring import transform_rows
 
 
@@ -33,13 +34,13 @@ class SessionEncoder(nn.Module):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
         hidden = config.hidden_size
-        self.item_gru_layers = nn.GRU(config.embedding_size, hidden, config.num_layers, bias=False)
+        self.item_gru_layers = PackedGRU(config.embedding_size, hidden, config.num_layers)
         self.feature_embed_layer: FeatureEmbedding | None = None
         if config.fusion == "concat_output":
             if not specs:
                 raise ValueError("fusion concat_output needs at least one feature")
             self.feature_embed_layer = FeatureEmbedding(specs, config.embedding_size, config.pooling)
-            self.feature_gru_layers = nn.GRU(self.feature_embed_layer.width, hidden, config.num_layers, bias=False)
+            self.feature_gru_layers = PackedGRU(self.feature_embed_layer.width, hidden, config.num_layers)
         paths = 1 if self.feature_embed_layer is None else 2
         self.dense_layer = nn.Linear(paths * hidden, config.embedding_size)
         self.dropout = nn.Dropout(config.dropout)
@@ -86,9 +87,9 @@ class SessionEncoder(nn.Module):
         return output / self.config.temperature
 
 
-def _run(gru: nn.GRU, events: torch.Tensor, batch_sizes: torch.Tensor) -> torch.Tensor:
+def _run(gru: PackedGRU, events: torch.Tensor, batch_sizes: torch.Tensor) -> torch.Tensor:
     """Packed events [T, in] -> outputs [T, H] in the same layout."""
-    return gru(PackedSequence(events, batch_sizes))[0].data
+    return gru(PackedSequence(events, batch_sizes)).data
 
 
 def _initialise(module: nn.Module) -> None:

@@ -21,8 +21,8 @@ GRADIENTS_OF = {
 PURPOSES = (
     "counts",
     "ids",
-    "targets",
     "features",
+    "batch_targets",
     *(purpose for pair in GRADIENTS_OF.items() for purpose in pair),
     "encoder_gradients",
     "loss",

@@ -21,8 +21,6 @@ from gru4recf_dist.table.row_optimizers import make_row_optimizer
 
 # Rows are initialised in blocks of this many, each from its own generator. Part of what a seed means.
 _INIT_BLOCK_ROWS = 1024
-# Elements that are looked through at a time: what a look at every row takes in memory does not grow with the table.
-_LOOK_ELEMENTS = 1 << 20
 
 
 def initial_rows(
@@ -167,8 +165,10 @@ class ShardedItemTable:
 
     def has_broken_row(self) -> bool:
         """Whether a value of this rank's rows is not finite."""
-        rows = max(1, _LOOK_ELEMENTS // self.dim)
-        return not bool(torch.stack([part.isfinite().all() for part in self.weight.split(rows)]).all())
+        if not self.weight.numel():
+            return False
+        # Both are NaN if a value is; `isfinite` of all rows would make several tensors of the table's size.
+        return not bool(torch.stack(self.weight.aminmax()).isfinite().all())
 
     def _leaf(self, local: torch.Tensor) -> torch.Tensor:
         rows = self.weight[local]

@@ -67,3 +67,16 @@ def test_an_fp16_overflow_skips_the_step(tmp_path, data, stage):
     assert result["updated"] == [step != OVERFLOW_STEP for step in range(1, 11)]
     for key, tensor in result["before"].items():
         assert torch.equal(result["after"][key], tensor), key
+
+
+@pytest.mark.parametrize("loss", ["sampled_softmax", "full_softmax"])
+def test_a_table_in_host_memory_makes_the_updates_of_one_beside_the_encoder(tmp_path, data, loss):
+    states = {}
+    for place in ("cuda", "cpu"):
+        options = (*ADAM, f"loss.name={loss}", f"table.device={place}", "device=cuda", "evaluation.every_epochs=1")
+        config = small_config(data, tmp_path / place, *options)
+        (state,) = run_ranks(1, train, tmp_path, config, device="cuda")
+        assert state["table.weight"].device.type == place
+        states[place] = {name: tensor.cpu() for name, tensor in state.items()}
+    for name, expected in states["cuda"].items():
+        assert relative_error(states["cpu"][name], expected) < 1e-4, name

@@ -39,3 +39,31 @@ def test_a_benchmark_prints_its_table(tmp_path, arguments, rows):
     for row in rows:
         (line,) = [line for line in done.stdout.splitlines() if line.startswith(row)][:1]
         assert any(character.isdigit() for character in line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows"),
+    [
+        (
+            ["benchmarks.kernels", "--rounds=1", "--sessions=4", "--items=500", "--negatives=8"],
+            [
+                "product",
+                "encoder, item path",
+                "sampled softmax",
+                "encoder (both paths) and loss",
+                "evaluation's counting",
+            ],
+        ),
+        (
+            ["benchmarks.bias", "--items=50", "--events=20", "--draws=2", "--negatives", "8"],
+            ["popularity ", "log_uniform, half in batch", "uniform ", "sum of q over the items, uniform"],
+        ),
+    ],
+    ids=["kernels", "bias"],
+)
+def test_a_benchmark_without_a_data_set_prints_its_table(arguments, rows):
+    done = program("-m", *arguments)
+    assert done.returncode == 0, done.stderr
+    for row in rows:
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(row)][:1]
+        assert any(character.isdigit() for character in line)

@@ -53,6 +53,7 @@ MAY_IMPORT = {
 ONLY_IMPORTED_BY = {
     "gru4recf_dist.trainer": (
         "benchmarks.__main__",
+        "benchmarks.catalog",
         "benchmarks.wire",
         *(f"gru4recf_dist.{program}" for program in PROGRAMS),
     ),

@@ -133,7 +133,7 @@ class _Least:
                 self._add(queries=self._row_bytes * events, query_gradients=self._row_bytes * events)
                 self._add(partial_sums=self._value_bytes * events, partial_sum_gradients=self._value_bytes * events)
             elif self._config.loss.in_batch:
-                self._add(targets=4 * events)
+                self._add(batch_targets=4 * events)
         return self._exchange(routing)
 
     def _gathered(self, ids: np.ndarray) -> torch.Tensor:

@@ -21,7 +21,7 @@ GRADIENTS_OF = {
 PURPOSES = (
     "counts",
     "ids",
-    "targets",
+    "batch_targets",
     "features",
     *(purpose for pair in GRADIENTS_OF.items() for purpose in pair),
     "encoder_gradients",

@@ -38,7 +38,7 @@ def sent_bytes(workload: Workload, counts: StepCounts) -> dict[str, float]:
     if workload.samples and config.loss.in_batch:
         # Once for all micro-batches, as 32 bits.
         sent["counts"] += 8.0 * others
-        sent["targets"] = 4.0 * counts.events_largest * config.accumulation * others
+        sent["batch_targets"] = 4.0 * counts.events_largest * config.accumulation * others
     parameters = workload.encoder_parameters * workload.element_bytes
     sent["encoder_gradients"] = remote * parameters * _parts(workload)
     clipping = workload.element_bytes if config.table.clip is not None else 0

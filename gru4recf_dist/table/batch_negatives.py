@@ -60,7 +60,7 @@ def gather_targets(targets: list[torch.Tensor], ranks: Ranks) -> BatchTargets:
     mine = torch.cat(targets).to(torch.int32)
     mine = mine[mine != PADDING_ID]
     counts = collectives.gather_counts(len(mine), ranks.host)
-    everyone = collectives.all_gather_rows(mine, counts, ranks.host, "targets") if sum(counts) else mine
+    everyone = collectives.all_gather_rows(mine, counts, ranks.host, "batch_targets") if sum(counts) else mine
     return BatchTargets(*np.unique(everyone.numpy().astype(np.int64), return_counts=True))
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -126,8 +127,8 @@ def test_a_server_that_goes_on_failing_is_one_user_error(server):
 def test_a_file_of_another_size_is_damaged(server, size, says):
     with pytest.raises(DamagedFile, match=says):
         _read(server, size)
-    # It is not asked for again and again.
-    assert len(server.requests) == len(set(server.requests))
+    # It is not asked for again and again; once more, if a connection that was kept open had just been closed.
+    assert max(Counter(server.requests).values()) <= 2
 
 
 @pytest.mark.parametrize("size", [100, 5 * RANGE])

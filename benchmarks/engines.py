@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 
-from benchmarks.measuring import launch, print_table
+from benchmarks.measuring import ONLY_STEPS, launch, print_table
 from gru4recf_dist.data import storage
 from gru4recf_dist.errors import UserError, exits_cleanly
 
@@ -34,15 +34,7 @@ CONTENDERS = {
     "ddp, bf16": ("precision=bf16",),
     "deepspeed, stage 2, bf16": ("engine.name=deepspeed", f"{_ZERO}.stage=2", "precision=bf16"),
 }
-SETTINGS = (
-    "max_epochs=null",
-    "evaluation.every_epochs=null",
-    "evaluation.baselines=false",
-    "checkpoint.every_epochs=null",
-    "monitoring.progress=false",
-    "monitoring.tensorboard=false",
-    "monitoring.log_every_steps=10",
-)
+SETTINGS = (*ONLY_STEPS, "monitoring.log_every_steps=10")
 
 
 @exits_cleanly

@@ -12,6 +12,16 @@ from gru4recf_dist.config import LoaderConfig
 from gru4recf_dist.data.batches import pack_training
 from gru4recf_dist.data.streams import SessionLoader
 
+# For runs of which only the steps are measured.
+ONLY_STEPS = (
+    "max_epochs=null",
+    "evaluation.every_epochs=null",
+    "evaluation.baselines=false",
+    "checkpoint.every_epochs=null",
+    "monitoring.progress=false",
+    "monitoring.tensorboard=false",
+)
+
 
 def interleaved(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
     """Median of what each contender gives. They take turns, so that a change of the machine's load meets them all."""

@@ -20,7 +20,7 @@ from collections import defaultdict
 import numpy as np
 import torch
 
-from benchmarks.measuring import launch, print_table
+from benchmarks.measuring import ONLY_STEPS, launch, print_table
 from gru4recf_dist import config as configuration
 from gru4recf_dist.config import Config
 from gru4recf_dist.errors import exits_cleanly
@@ -31,15 +31,6 @@ from gru4recf_dist.recommender import feature_specs
 from gru4recf_dist.table.item_table import Exchange
 from gru4recf_dist.table.partition import Routing
 from gru4recf_dist.trainer import Trainer
-
-SETTINGS = (
-    "max_epochs=null",
-    "evaluation.every_epochs=null",
-    "evaluation.baselines=false",
-    "checkpoint.every_epochs=null",
-    "monitoring.progress=false",
-    "monitoring.tensorboard=false",
-)
 
 
 @exits_cleanly
@@ -69,7 +60,7 @@ def _cells(sent: float, least: float) -> list[str]:
 
 
 def _config(arguments: argparse.Namespace, run_dir: str) -> Config:
-    settings = [*SETTINGS, *arguments.overrides, f"run_dir={run_dir}", f"max_steps={arguments.steps}"]
+    settings = [*ONLY_STEPS, *arguments.overrides, f"run_dir={run_dir}", f"max_steps={arguments.steps}"]
     return configuration.load(arguments.config, settings)
 
 

@@ -84,10 +84,14 @@ class _DeepSpeedEngine:
         traffic.TOTAL.add_all_reduce("encoder_gradients", halves * self._bytes / 2, self._world)
 
     def copy_weights_to(self, encoder: nn.Module) -> None:
-        state = self.state_dict()
+        # Not by `state_dict`, which would gather the optimizer's state too.
         with torch.no_grad():
             for name, parameter in encoder.named_parameters():
-                parameter.copy_(state[f"encoder.{name}"])
+                parameter.copy_(self._weight(name))
+
+    def _weight(self, name: str) -> torch.Tensor:
+        """The whole parameter ``name``; a collective where ranks hold shares."""
+        return self._named[name].detach()
 
     def figures(self) -> dict[str, float]:
         figures = {"memory_gib": get_accelerator().max_memory_allocated() / GIB}
@@ -155,12 +159,15 @@ class _ZeroEngine(_DeepSpeedEngine):
     def state_dict(self) -> dict[str, torch.Tensor]:
         state = {}
         for name, parameter in self._named.items():
-            state[f"encoder.{name}"] = safe_get_full_fp32_param(parameter).clone()
+            state[f"encoder.{name}"] = self._weight(name).clone()
             for key in self._keys:
                 state[f"optimizer.{name}.{key}"] = safe_get_full_optimizer_state(parameter, key).clone()
             if self._keys:
                 state[f"optimizer.{name}.step"] = self._flat_states()[0]["step"].clone()
         return state
+
+    def _weight(self, name: str) -> torch.Tensor:
+        return safe_get_full_fp32_param(self._named[name])
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:

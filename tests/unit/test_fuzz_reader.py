@@ -27,6 +27,7 @@ from gru4recf_dist.data.blocks import encode_shard
 from gru4recf_dist.data.shard_format import MANIFEST, Manifest, ShardInfo, read_manifest
 from gru4recf_dist.data.shards import read_blocks
 from gru4recf_dist.errors import UserError
+from tests.support.mutations import edited
 from tests.support.synthetic import random_sessions, to_block, write_dataset
 
 pytestmark = pytest.mark.filterwarnings("ignore:Reading `.npy`")
@@ -78,15 +79,7 @@ def read_shard(content: bytes, **changes):
 
 def edits(content: bytes, places: st.SearchStrategy[int]) -> st.SearchStrategy[bytes]:
     """``content`` with bytes changed, put in or cut out."""
-    edit = st.tuples(places, st.integers(0, 3) | st.integers(0, 2000), st.binary(max_size=8))
-
-    def apply(made: list[tuple[int, int, bytes]]) -> bytes:
-        result = content
-        for start, removed, added in made:
-            result = result[:start] + added + result[start + removed :]
-        return result
-
-    return st.lists(edit, min_size=1, max_size=5).map(apply)
+    return edited(content, places, removed=st.integers(0, 3) | st.integers(0, 2000), longest=8, most=5)
 
 
 HEADERS = [

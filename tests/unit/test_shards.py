@@ -31,6 +31,7 @@ from gru4recf_dist.data.shard_format import (
 )
 from gru4recf_dist.data.shards import read_blocks
 from gru4recf_dist.errors import UserError
+from tests.support.mutations import edited
 from tests.support.synthetic import random_sessions, to_block
 
 SESSIONS = random_sessions(0, 12, 20)
@@ -329,15 +330,7 @@ def _mutations() -> st.SearchStrategy[bytes]:
     """The good shard with a few bytes changed, cut out or put in; most edits hit the tar and npy headers."""
     headers = [offset for start in range(0, len(CONTENT) - 1024, 512) for offset in range(start, start + 130)]
     place = st.one_of(st.sampled_from(headers), st.integers(0, len(CONTENT) - 1))
-    edit = st.tuples(place, st.integers(0, 3), st.binary(max_size=6))
-
-    def apply(edits: list[tuple[int, int, bytes]]) -> bytes:
-        content = CONTENT
-        for start, removed, added in edits:
-            content = content[:start] + added + content[start + removed :]
-        return content
-
-    return st.lists(edit, min_size=1, max_size=4).map(apply)
+    return edited(CONTENT, place, removed=st.integers(0, 3), longest=6, most=4)
 
 
 def _crooked_tuple() -> bytes:

@@ -32,7 +32,15 @@ MAY_IMPORT = {
     "gru4recf_dist.planning": RUN_TIME,
     "gru4recf_dist.checkpoint": (
         "gru4recf_dist.checkpoint_blocks",
+        "gru4recf_dist.checkpoint_commits",
         "gru4recf_dist.checkpoint_files",
+        "gru4recf_dist.table",
+        *RUN_TIME,
+    ),
+    "gru4recf_dist.checkpoint_commits": ("gru4recf_dist.checkpoint_files", "gru4recf_dist.data", *BASE),
+    "gru4recf_dist.checkpoint_saving": (
+        "gru4recf_dist.checkpoint",
+        "gru4recf_dist.monitoring",
         "gru4recf_dist.table",
         *RUN_TIME,
     ),

@@ -60,11 +60,16 @@ def test_a_benchmark_prints_its_table(tmp_path, arguments, rows):
             ["benchmarks.bias", "--items=50", "--events=20", "--draws=2", "--negatives", "8"],
             ["popularity ", "log_uniform, half in batch", "uniform ", "sum of q over the items, uniform"],
         ),
+        (
+            ["benchmarks.torchrec", "--alone", "--rows=100", "--dim=4", "--batch=32", "--rounds=1", "--steps=2"],
+            ["this project  uniform", "this project     zipf"],
+        ),
     ],
-    ids=["kernels", "bias"],
+    ids=["kernels", "bias", "torchrec"],
 )
-def test_a_benchmark_without_a_data_set_prints_its_table(arguments, rows):
-    done = program("-m", *arguments)
+def test_a_benchmark_without_a_data_set_prints_its_table(tmp_path, arguments, rows):
+    output = ["--output", tmp_path / "out.json"] if "--alone" in arguments else []
+    done = program("-m", *arguments, *output)
     assert done.returncode == 0, done.stderr
     for row in rows:
         (line,) = [line for line in done.stdout.splitlines() if line.startswith(row)][:1]

@@ -57,8 +57,8 @@ _MATCHED = (
     f"table.lr={LEARNING_RATE}",
 )
 MATCHED = {
-    "full softmax, as RecBole": (*_MATCHED, "loss.name=full_softmax"),
     "sampled softmax, else as RecBole": (*_MATCHED, "loss.name=sampled_softmax", "loss.negatives=2048"),
+    "full softmax, as RecBole": (*_MATCHED, "loss.name=full_softmax"),
 }
 
 
@@ -79,12 +79,13 @@ def main() -> None:
         theirs = _recbole(arguments, manifest, source, output.with_name("recbole-training.json"))
         budgets = [theirs["epochs"][count - 1]["clock"] for count in arguments.epochs]
         sides = {f"RecBole {theirs['versions']['recbole']}": theirs}
+        title = f"{source.name}: {manifest.splits['train'].targets:,} targets an epoch, {manifest.items:,} items"
         with process_ranks.running("cpu", 1800) as ranks:
             for name, config in _contenders(arguments, manifest, data).items():
                 config = config.model_copy(update={"run_dir": f"{folder}/run-{len(sides)}"})
                 sides[name] = _ours(config, ranks, max(budgets), arguments)
-    title = f"{source.name}: {manifest.splits['train'].targets:,} targets an epoch, {manifest.items:,} items"
-    output.write_text(json.dumps({"title": title, "budgets_seconds": budgets, "sides": sides}, indent=1))
+                # After every one: what was measured stays if the program is ended.
+                output.write_text(json.dumps({"title": title, "budgets_seconds": budgets, "sides": sides}, indent=1))
     print_table(title, _lines(sides, budgets))
 
 
@@ -97,7 +98,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--reuse", metavar="FILE", help="what RecBole did before, in place of running it")
     parser.add_argument("--output", default="runs/benchmarks/recbole.json", metavar="FILE")
     parser.add_argument("--recipe", default="configs/data/beauty.yaml", help="that prepares the files")
-    parser.add_argument("--config", default="configs/beauty.yaml", help="recipe of the last contender")
+    parser.add_argument("--config", default="configs/beauty.yaml", help="recipe of the first contender")
     parser.add_argument("--embedding-size", type=int, default=64)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=1)
@@ -202,11 +203,9 @@ def _contenders(arguments: argparse.Namespace, manifest: Manifest, data: str) ->
         f"loader.context={min(10, arguments.max_length - 1)}",
         "device=cpu",
     ]
-    contenders = {
-        name: configuration.load(None, [*settings, batch, *common], training=False)
-        for name, settings in MATCHED.items()
-    }
-    contenders[arguments.config] = configuration.load(arguments.config, common, training=False)
+    contenders = {arguments.config: configuration.load(arguments.config, common, training=False)}
+    for name, settings in MATCHED.items():
+        contenders[name] = configuration.load(None, [*settings, batch, *common], training=False)
     return contenders
 
 

@@ -192,10 +192,10 @@ def _contenders(arguments: argparse.Namespace, manifest: Manifest, data: str) ->
     sessions = arguments.batch_targets * train.sessions / train.targets
     batch = f"batch_size={max(1, round(sessions / streams)) * streams}"
     common = [
-        *ONLY_STEPS[1:],
+        *ONLY_STEPS,
         f"data={data}",
         "run_dir=unused",
-        "max_epochs=1000000",
+        "max_steps=1000000000",
         f"model.embedding_size={arguments.embedding_size}",
         f"model.hidden_size={arguments.hidden_size}",
         f"model.num_layers={arguments.layers}",

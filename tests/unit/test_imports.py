@@ -62,6 +62,7 @@ ONLY_IMPORTED_BY = {
     "gru4recf_dist.trainer": (
         "benchmarks.__main__",
         "benchmarks.catalog",
+        "benchmarks.recbole",
         "benchmarks.wire",
         *(f"gru4recf_dist.{program}" for program in PROGRAMS),
     ),

@@ -4,15 +4,16 @@ python -m benchmarks.catalog [--items 100000 10000000] [--ranks 1 2] [--steps 10
     [--events 400000] [--dense 1000000] [--dense-steps 5] [key=value ...]
 
 The sessions are the same in every catalog: only the number of items that never occur differs. "GiB above" is the
-largest rank's peak of memory, less its rows, their optimizer state and what it was before. `--dense N` trains beside it
-as is usual on one process: `nn.Embedding`, softmax over all N items, Adam on every row; one target a session. 0: not.
+largest rank's peak of memory, less its rows, their optimizer state, what it was before, and "GiB mapped": what was
+touched of the popularity's files, which lies in the system's cache, once for all ranks of a machine. `--dense N` trains
+beside it as is usual on one process: `nn.Embedding`, softmax over all N items, Adam on every row; one target a session.
+0: not.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import torch
 from torch import nn
 
 from benchmarks import synthetic_events
-from benchmarks.measuring import launch, print_table
+from benchmarks.measuring import launch, mapped_bytes, peak_bytes, print_table
 from gru4recf_dist import config as configuration
 from gru4recf_dist.config import Config
 from gru4recf_dist.data.batches import pack_micro_batches
@@ -67,14 +68,14 @@ def main() -> None:
                     found.setdefault(("sharded", ranks, items), []).append(_run(arguments, folder, ranks, items))
         if arguments.dense:
             found["dense", 1, arguments.dense] = [_run(arguments, folder, 1, arguments.dense, dense=True)]
-    lines = [["", "ranks", "items", "ms a step", "x smallest", "GiB", "GiB above"]]
+    lines = [["", "ranks", "items", "ms a step", "x smallest", "GiB", "GiB above", "GiB mapped"]]
     seconds = {key: statistics.median(each["seconds"] for each in rounds) for key, rounds in found.items()}
     for (kind, ranks, items), rounds in found.items():
         key = (kind, ranks, items)
         base = seconds["sharded", ranks, sizes[0]] if ("sharded", ranks, sizes[0]) in seconds else seconds[key]
-        peak, above = (max(each[name] for each in rounds) / GIB for name in ("peak", "above"))
-        cells = [f"{1000 * seconds[key]:.1f}", f"{seconds[key] / base:.2f}", f"{peak:.2f}", f"{above:.2f}"]
-        lines.append([kind, str(ranks), f"{items:,}", *cells])
+        memory = [f"{max(each[name] for each in rounds) / GIB:.2f}" for name in ("peak", "above", "mapped")]
+        times = [f"{1000 * seconds[key]:.1f}", f"{seconds[key] / base:.2f}"]
+        lines.append([kind, str(ranks), f"{items:,}", *times, *memory])
     print_table(f"{arguments.events:,} events, D = 64, K = 2048", lines)
 
 
@@ -91,7 +92,7 @@ def _run(arguments: argparse.Namespace, folder: str, ranks: int, items: int, den
 def _measure(config: Config, steps: int, skip: int) -> None:
     """One rank: the median of ``steps`` steps after ``skip``, and its memory."""
     ranks = process_ranks.start(config.device, config.timeout_seconds)
-    before = _peak_bytes()
+    before, mapped = peak_bytes(), mapped_bytes()
     trainer = Trainer(config, ranks)
     seconds: list[float] = []
     while len(seconds) < skip + steps:
@@ -103,7 +104,8 @@ def _measure(config: Config, steps: int, skip: int) -> None:
                 seconds.append(time.perf_counter() - started)
     table = trainer.table
     share = sum(tensor.nbytes for tensor in (table.weight, *table.optimizer.state.values()))
-    peak = torch.tensor([_peak_bytes(), _peak_bytes() - before - share])
+    mapped = mapped_bytes() - mapped
+    peak = torch.tensor([peak_bytes(), peak_bytes() - before - share - mapped, mapped])
     torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX, group=ranks.host)
     if ranks.is_first:
         _report(seconds[skip:], *peak.tolist())
@@ -113,7 +115,7 @@ def _measure(config: Config, steps: int, skip: int) -> None:
 
 def _measure_dense(config: Config, steps: int, skip: int) -> None:
     """The usual training on one process: every row is scored, has a gradient, and is updated by Adam."""
-    before = _peak_bytes()
+    before = peak_bytes()
     manifest = read_manifest(config.data)
     embedding = nn.Embedding(manifest.items + 1, config.model.embedding_size, padding_idx=0)
     encoder = SessionEncoder(config.model, [])
@@ -133,16 +135,13 @@ def _measure_dense(config: Config, steps: int, skip: int) -> None:
         seconds.append(time.perf_counter() - started)
         if len(seconds) == skip + steps:
             break
-    _report(seconds[skip:], _peak_bytes(), _peak_bytes() - before - 3 * embedding.weight.nbytes)
+    _report(seconds[skip:], peak_bytes(), peak_bytes() - before - 3 * embedding.weight.nbytes)
 
 
-def _report(seconds: list[float], peak: int, above: int) -> None:
-    print(json.dumps({"seconds": statistics.median(seconds), "peak": peak, "above": above}), flush=True)
-
-
-def _peak_bytes() -> int:
-    """The most that this process has held; Linux counts in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _report(seconds: list[float], peak: int, above: int, mapped: int = 0) -> None:
+    print(
+        json.dumps({"seconds": statistics.median(seconds), "peak": peak, "above": above, "mapped": mapped}), flush=True
+    )
 
 
 def _parse() -> argparse.Namespace:

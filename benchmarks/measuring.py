@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from gru4recf_dist.config import LoaderConfig
 from gru4recf_dist.data.batches import pack_training
@@ -54,3 +56,14 @@ def print_table(title: str, lines: Sequence[Sequence[str]]) -> None:
     for first, *others in lines:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+
+
+def peak_bytes() -> int:
+    """The most that this process has held; Linux counts in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def mapped_bytes() -> int:
+    """What this process has touched of files in memory: the system's cache, shared with all who map the same file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssFile:", "RssShmem:"))) * 1024

@@ -36,13 +36,16 @@ def sessions(events: int, seed: int = 0, items: int = ITEMS) -> Iterator[tuple[n
         yield np.searchsorted(mass, draws).astype(np.int32) + 1, lengths
 
 
-def write_dataset(data: str, events: int, items: int = ITEMS, used: int | None = None) -> Manifest:
+def write_dataset(
+    data: str, events: int, items: int = ITEMS, used: int | None = None, is_test: bool = False
+) -> Manifest:
     """A data set of training sessions alone, with as many streams as preparation would choose.
 
     Args:
         items: N.
         used: how many of them occur, at equal distances; default: as many as are drawn. The same ``used`` gives the
             same sessions in a catalog of any size.
+        is_test: the same sessions are test sessions too, of which the last event is the target.
     """
     used = used or items
     chunks = [((each - 1) * (items // used) + 1, lengths) for each, lengths in sessions(events, items=used)]
@@ -55,10 +58,13 @@ def write_dataset(data: str, events: int, items: int = ITEMS, used: int | None =
     settings = {"streams": streams, "shard_sessions": 65536, "block_sessions": 1024, "last_event_only": False}
     train = writer.split_info(list(writer.write_shards(iter([arriving]), data=data, split="train", **settings)))
     empty = SplitInfo(sessions=0, events=0, targets=0, shards=[])
-    splits = {"train": train, "valid": empty, "test": empty}
-    manifest = Manifest(
-        name="synthetic", seed=0, items=items, streams=streams, protocol="every_position", splits=splits
-    )
+    test = empty
+    if is_test:
+        shards = [shard.model_copy(update={"targets": shard.sessions}) for shard in train.shards]
+        test = train.model_copy(update={"targets": train.sessions, "shards": shards})
+    protocol = "leave_one_out" if is_test else "every_position"
+    splits = {"train": train, "valid": empty, "test": test}
+    manifest = Manifest(name="synthetic", seed=0, items=items, streams=streams, protocol=protocol, splits=splits)
     write_manifest(data, manifest)
     return manifest
 

@@ -64,8 +64,14 @@ def test_a_benchmark_prints_its_table(tmp_path, arguments, rows):
             ["benchmarks.torchrec", "--alone", "--rows=100", "--dim=4", "--batch=32", "--rounds=1", "--steps=2"],
             ["this project  uniform", "this project     zipf"],
         ),
+        (
+            ["benchmarks.catalog", "--items", "300", "2000", "--ranks=1", "--steps=3", "--skip=1", "--rounds=1"]
+            + ["--events=3000", "--dense=300", "--dense-steps=2", "loss.negatives=8"],
+            ["sharded      1    300", "sharded      1  2,000", "dense        1    300"],
+        ),
+        (["benchmarks.full_sort", "--items=300", "--sessions", "30", "60", "--dim=4"], ["30 ", "60 "]),
     ],
-    ids=["kernels", "bias", "torchrec"],
+    ids=["kernels", "bias", "torchrec", "catalog", "full_sort"],
 )
 def test_a_benchmark_without_a_data_set_prints_its_table(tmp_path, arguments, rows):
     output = ["--output", tmp_path / "out.json"] if "--alone" in arguments else []

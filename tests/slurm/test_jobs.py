@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from tests.support.training import final_state, small_config, train, whole
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
-SESSIONS, EPOCHS, WORLD = random_sessions(0, 8000, items=50, shortest=2, longest=6), 3, 2
+SESSIONS, EPOCHS, WORLD = random_sessions(0, 5120, items=50, longest=6), 2, 2
 STEPS = EPOCHS * len(SESSIONS) // 16
 OPTIONS = (
     "max_steps=null",
@@ -31,9 +32,9 @@ OPTIONS = (
     "loader.shuffle_window=64",
     "monitoring.log_every_steps=10",
     "checkpoint.every_epochs=null",
-    "checkpoint.every_steps=100",
+    "checkpoint.every_steps=40",
 )
-IS_UNDER_WAY = 150
+IS_UNDER_WAY = 100
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +67,9 @@ class Run:
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         return [line["step"] for line in map(json.loads, lines) if "train/lr" in line]
 
-    def is_under_way(self, since: int = 0) -> bool:
-        """Whether the newest step is well beyond ``since``."""
-        return max(self.steps, default=0) >= since + IS_UNDER_WAY
+    def is_under_way(self) -> bool:
+        """Whether it has made steps and checkpoints, and has many steps before it."""
+        return max(self.steps, default=0) >= IS_UNDER_WAY
 
 
 def _arguments(config: Config) -> list[str]:
@@ -123,26 +124,45 @@ def node_lost(run: Run) -> Job:
     job.wait_for(run.is_under_way)
     run.cluster.command("scontrol", "update", "nodename=n4", "state=down", "reason=test")
     job.wait_for(lambda: job.show("JobState") == "PENDING")
-    run.cluster.command("scontrol", "update", "nodename=n4", "state=resume")
+    # It may be back by itself, since its daemon is alive and well.
+    if run.cluster.command("sinfo", "--noheader", "--nodes=n4", "--states=down"):
+        run.cluster.command("scontrol", "update", "nodename=n4", "state=resume")
+    job.wait()
+    return job
+
+
+def cancelled(run: Run) -> Job:
+    job = run.submit("n[1-2]")
+    job.wait_for(lambda: bool(run.steps))
+    run.cluster.command("scancel", job.number)
     job.wait()
     return job
 
 
 def out_of_time(run: Run) -> Job:
-    # 120 s before the limit the ranks get SIGUSR1; SLURM looks twice a minute.
-    job = run.submit("n[3-4]", "--time=3")
+    job = run.submit("n[3-4]")
+    job.wait_for(run.is_under_way)
+    # 120 s before the limit the ranks get SIGUSR1; SLURM looks twice a minute, and they would have finished by then.
+    with job.frozen() as ranks:
+        assert len(ranks) == WORLD
+        hours, minutes, _ = map(int, job.show("RunTime").split(":"))
+        run.cluster.command("scontrol", "update", f"jobid={job.number}", f"timelimit={hours * 60 + minutes + 2}")
+        notes = [Path(rank.environ()["STOP_FILE"]) for rank in ranks]
+        job.wait_for(lambda: all(note.exists() for note in notes))
     job.wait_for(lambda: job.show("Restarts") == "1")
+    # The limit stays with the job.
     run.cluster.command("scontrol", "update", f"jobid={job.number}", "timelimit=30")
     job.wait()
     return job
 
 
-LANES: list[list[Callable[[Run], Job]]] = [[signalled, preempted], [out_of_time, node_lost]]
+LANES: list[list[Callable[[Run], Job]]] = [[signalled, preempted, cancelled], [out_of_time, node_lost]]
 
 
 @pytest.fixture(scope="module")
 def interrupted(cluster, data) -> Iterator[dict[str, tuple[Run, Future[Job]]]]:
     """Every kind of interruption, under way: the run and, as soon as it has ended, the job."""
+    over = threading.Event()
     with ThreadPoolExecutor(len(LANES)) as pool:
         runs = {kind.__name__: Run(cluster, data, data.parent / kind.__name__) for lane in LANES for kind in lane}
         futures: dict[str, Future[Job]] = {kind.__name__: Future() for lane in LANES for kind in lane}
@@ -150,6 +170,8 @@ def interrupted(cluster, data) -> Iterator[dict[str, tuple[Run, Future[Job]]]]:
         def work(lane: list[Callable[[Run], Job]]) -> None:
             for kind in lane:
                 try:
+                    if over.is_set():
+                        return
                     futures[kind.__name__].set_result(kind(runs[kind.__name__]))
                 except BaseException as error:
                     futures[kind.__name__].set_exception(error)
@@ -157,6 +179,8 @@ def interrupted(cluster, data) -> Iterator[dict[str, tuple[Run, Future[Job]]]]:
         for lane in LANES:
             pool.submit(work, lane)
         yield {name: (runs[name], futures[name]) for name in runs}
+        over.set()
+        cluster.command("scancel", "--user=root")
 
 
 def final_state_of(ranks: Ranks, config: Config) -> dict[str, torch.Tensor]:
@@ -177,9 +201,9 @@ def test_an_interrupted_job_goes_on_and_ends_bit_equal(kind, interrupted, undist
         assert job.story.count("stopped by a signal after step") == 1, job.story
     result = json.loads((run.folder / "result.json").read_text())
     assert (result["steps"], result["epochs"], result["world_size"]) == (STEPS, EPOCHS, WORLD)
-    # Every session once an epoch, in the steps that count: its events, each but the last an input.
+    # Every session once an epoch, in the steps that count: all their events.
     progress = read_commit(str(run.folder / "checkpoints"), STEPS)["state"]["progress"]
-    assert progress["trained_events"] == EPOCHS * sum(len(session) - 1 for session in SESSIONS)
+    assert progress["trained_events"] == EPOCHS * sum(map(len, SESSIONS))
     assert run.steps == sorted(set(run.steps)) and run.steps[-1] == STEPS
     states = whole(run_ranks(WORLD, final_state_of, tmp_path, small_config(data, run.folder, *OPTIONS)))
     assert states.keys() == undisturbed.keys()
@@ -195,13 +219,10 @@ def test_a_configuration_error_is_not_requeued(cluster, data):
     assert job.output == "error: unknown key 'max_epoch'; did you mean 'max_epochs'?\n"
 
 
-def test_a_cancelled_job_does_not_come_back(cluster, data):
-    run = Run(cluster, data, data.parent / "cancelled")
-    job = run.submit("n[1-2]")
-    job.wait_for(lambda: bool(run.steps))
-    cluster.command("scancel", job.number)
-    assert job.wait() == "CANCELLED"
-    assert job.show("Restarts") == "0"
+def test_a_cancelled_job_does_not_come_back(interrupted):
+    _, future = interrupted["cancelled"]
+    job = future.result()
+    assert (job.show("JobState"), job.show("Restarts")) == ("CANCELLED", "0"), job.story
 
 
 def test_a_finished_run_is_not_started_again_and_is_evaluated(interrupted):
@@ -210,7 +231,7 @@ def test_a_finished_run_is_not_started_again_and_is_evaluated(interrupted):
     # All four nodes with all their GPUs, as the README has it; the ranks are one a node, as there is no real GPU.
     every_gpu = ("--nodes=4", f"--gpus-per-node={GPUS}")
     again = run.cluster.submit("launch/train.sbatch", *run.arguments, options=every_gpu)
-    evaluation = run.cluster.submit("launch/evaluate.sbatch", "--run-dir", run.folder, options=every_gpu)
+    evaluation = run.cluster.submit("launch/evaluate.sbatch", "--run-dir", run.folder, options=("--nodes=2",))
     assert again.wait() == "COMPLETED", again.story
     assert again.output == f"finished: {run.folder} holds the result of this run, nothing to do\n"
     assert evaluation.wait() == "COMPLETED", evaluation.story

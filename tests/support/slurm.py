@@ -55,6 +55,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 SlurmdTimeout=10
+KillWait=5
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu
@@ -131,7 +132,25 @@ class Job:
         logs = sorted((self.cluster.folder / "logs").glob(f"{self.number}-*.log"))
         return "\n".join([self.output, *(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs)])
 
-    def wait_for(self, what: Callable[[], bool], seconds: float = 120) -> None:
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[list[psutil.Process]]:
+        """Stop the job's ranks where they are for as long as the block lasts; gives them."""
+        ranks = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                environment = process.environ()
+                of_job = environment.get("SLURM_JOB_ID") == str(self.number)
+                if of_job and _belongs_to(process, self.cluster) and "RANK" in environment:
+                    ranks.append(process)
+        for process in ranks:
+            process.suspend()
+        try:
+            yield ranks
+        finally:
+            for process in ranks:
+                process.resume()
+
+    def wait_for(self, what: Callable[[], bool], seconds: float = 180) -> None:
         """Wait until ``what()``.
 
         Raises:
@@ -237,7 +256,12 @@ def _idle_nodes(cluster: Cluster) -> int:
 
 
 def _stop(cluster: Cluster, servers: list[TetheredServer]) -> None:
-    # slurmd leaves its jobs running when it ends.
+    # slurmd leaves its jobs running when it ends, and their slurmstepd cannot be told from others.
+    with contextlib.suppress(subprocess.SubprocessError, AssertionError):
+        cluster.command("scancel", "--user=root")
+        deadline = time.monotonic() + 30
+        while cluster.command("squeue", "--noheader") and time.monotonic() < deadline:
+            time.sleep(0.3)
     for server in reversed(servers):
         server.stop()
     for _ in range(2):

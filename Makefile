@@ -43,7 +43,7 @@ bench: .venv/.installed ## measure against other implementations; ARGS="..." is 
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove .venv, the other .venv-*, caches and build products; data/ and runs/ stay
-	rm -rf .venv .venv-peers .venv-mitmproxy build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-recbole .venv-torchrec .venv-mitmproxy build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian's python3 comes without ensurepip, which venv needs.

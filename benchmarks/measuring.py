@@ -37,9 +37,11 @@ def packed_events(loader: SessionLoader, config: LoaderConfig) -> int:
     return sum(pack_training(block, config.max_length, config.context).events for block in loader)
 
 
-def launch(ranks: int, module: str, *arguments: str, **settings) -> subprocess.CompletedProcess:
+def launch(
+    ranks: int, module: str, *arguments: str, python: str = sys.executable, **settings
+) -> subprocess.CompletedProcess:
     """Run a module under torchrun, each rank on one thread; ``settings`` are those of `subprocess.run`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, "-m", module, *arguments], env=environment, **settings)
 

@@ -1,4 +1,4 @@
-"""The environment of the peers: other projects to compare with, which are no dependencies of this one."""
+"""The environments of the peers: other projects to compare with, which are no dependencies of this one."""
 
 from __future__ import annotations
 
@@ -6,24 +6,48 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = ROOT / ".venv-peers"
 # torch is pinned to what this project's own environment has: the same tensors, and no second CUDA build.
 PACKAGES = ("mosaicml-streaming==0.13.0", "webdataset==1.0.2", "pyarrow==26.0.1", "torch==2.13.0")
 
 
-def python() -> str:
-    """The peers' interpreter; the environment is made if it is not there (2 GB)."""
-    interpreter, complete = ENVIRONMENT / "bin" / "python", ENVIRONMENT / ".installed"
-    wanted = "\n".join(PACKAGES)
+def python(folder: str = ".venv-peers", packages: Sequence[str] = PACKAGES, alone: Sequence[str] = ()) -> str:
+    """The interpreter of an environment of peers; it is made if it is not there (1 to 2 GB).
+
+    Args:
+        folder: its name, below the project's root.
+        packages: what is installed, as pip takes it.
+        alone: what is installed after that without what it depends on.
+    """
+    environment = ROOT / folder
+    interpreter, complete = environment / "bin" / "python", environment / ".installed"
+    wanted = "\n".join([*packages, *alone])
     if not complete.exists() or complete.read_text() != wanted:
-        print(f"installing the peers into {ENVIRONMENT.name}: this takes minutes", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
-        subprocess.run([str(interpreter), "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
+        print(f"installing the peers into {folder}: this takes minutes", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+        pip = [str(interpreter), "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, *packages], check=True)
+        if alone:
+            subprocess.run([*pip, "--no-deps", *alone], check=True)
         complete.write_text(wanted)
     return str(interpreter)
+
+
+def requirements(name: str) -> list[str]:
+    """The pinned packages of a requirements file beside this module."""
+    lines = (ROOT / "benchmarks" / name).read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def environment_of_peers() -> dict[str, str]:
+    """Variables for a program of theirs: one thread, and nothing of this project to import.
+
+    Safe path: modules here are called like the projects that they measure.
+    """
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
 
 
 class PeerLoaders:
@@ -36,7 +60,7 @@ class PeerLoaders:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+            env=environment_of_peers(),
         )
         self.names = self._answer()["written"]
 

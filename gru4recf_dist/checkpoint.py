@@ -10,6 +10,8 @@ DTensors, so that a checkpoint loads at any number of ranks.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import pickle
 import warnings
 from typing import Any
@@ -18,21 +20,26 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.planner import LoadPlanner
 
+from gru4recf_dist import checkpoint_commits as commits
 from gru4recf_dist.checkpoint_blocks import BlockSavePlanner, RowsLoadPlanner
+from gru4recf_dist.checkpoint_commits import DamagedCheckpoint, best_step, complete_steps, read_commit
 from gru4recf_dist.checkpoint_files import CheckpointReader, CheckpointWriter, storage_errors
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
-from gru4recf_dist.errors import UserError
+from gru4recf_dist.errors import UserError, redacted
 from gru4recf_dist.parallel.engines import Engine
-from gru4recf_dist.parallel.ranks import Ranks, from_first
+from gru4recf_dist.parallel.ranks import Ranks, from_each, from_first
 from gru4recf_dist.table.item_table import ShardedItemTable
 
-COMMIT = "commit.json"
-_PREFIX = "step-"
+_log = logging.getLogger(__name__)
+
+# torch announces changes of its own internals here that are of no use to a person who trains.
+for _module in ("torch.distributed.checkpoint", "torch.distributed.tensor", "torch.storage"):
+    warnings.filterwarnings("ignore", module=_module.replace(".", r"\."))
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run. Every method is a collective of all ranks.
 
     Args:
         run_dir: the run's folder or URL.
@@ -41,52 +48,136 @@ class Checkpoints:
 
     def __init__(self, run_dir: str, ranks: Ranks, keep_last: int = 2) -> None:
         self.folder, self.ranks, self.keep_last = storage.join(run_dir, "checkpoints"), ranks, keep_last
+        # Of the run's own writing, as rank 0 knows it: what is on the way to storage is in neither.
+        self._best: int | None = None
+        self._damaged: set[int] = set()
 
-    def save(self, step: int, engine: Engine, table: ShardedItemTable, state: dict[str, Any], best: bool) -> None:
+    def write(
+        self, step: int, tensors: dict[str, torch.Tensor], commit: dict[str, Any], best: bool, ranks: Ranks
+    ) -> int:
         """Write the checkpoint of ``step``, commit it, and remove those that are no longer kept.
 
         Args:
-            state: what else is needed to go on; plain JSON types.
+            tensors: as `state_tensors` gives them.
+            commit: what else is needed to load it and go on; JSON types.
             best: whether it is the best so far.
+            ranks: with the group to talk over; in a thread, `Ranks.in_background`.
+
+        Returns:
+            its size in bytes, on rank 0.
+
+        Raises:
+            UserError: it cannot be written; the same on every rank, and nothing of it is left if storage allows.
         """
-        url = self._url(step)
-        # What an interrupted attempt left behind.
-        from_first(self.ranks, lambda: storage.remove_tree(url))
-        if storage.is_local(url):
-            from_first(self.ranks, lambda: storage.make_folder(url))
-        with warnings.catch_warnings(), storage_errors(f"{url}: this checkpoint cannot be written"):
-            # torch announces changes of its own internals here that are of no use to a person who trains.
-            warnings.simplefilter("ignore")
-            dcp.save(
-                _tensors(engine, table),
-                storage_writer=CheckpointWriter(url),
-                planner=BlockSavePlanner(),
-                process_group=self.ranks.host,
-            )
-        commit = {"step": step, "table_steps": table.optimizer.steps, "world_size": self.ranks.world, "state": state}
-        from_first(self.ranks, lambda: self._commit(step, commit, best))
+        try:
+            return self._write(step, tensors, commit, best, ranks)
+        except UserError:
+            if ranks.is_first:
+                with contextlib.suppress(UserError):
+                    commits.remove(self.folder, step)
+            raise
+
+    def _write(
+        self, step: int, tensors: dict[str, torch.Tensor], commit: dict[str, Any], best: bool, ranks: Ranks
+    ) -> int:
+        url = commits.step_url(self.folder, step)
+
+        def clear_place() -> None:
+            # What an interrupted attempt, or a damaged checkpoint, left behind.
+            commits.remove(self.folder, step)
+            if storage.is_local(url):
+                storage.make_folder(url)
+
+        from_first(ranks, clear_place)
+        writer = CheckpointWriter(url)
+        with storage_errors(f"{url}: this checkpoint cannot be written"):
+            dcp.save(tensors, storage_writer=writer, planner=BlockSavePlanner(), process_group=ranks.host)
+        # Only now has every rank written all of its files.
+        files = {name: content for part in from_each(ranks, lambda: writer.contents) for name, content in part.items()}
+        return from_first(ranks, lambda: self._commit(step, {**commit, "step": step, "files": files}, best))
+
+    def _commit(self, step: int, commit: dict, best: bool) -> int:
+        commit["best_step"] = step if best else self._best
+        commits.write_commit(self.folder, step, commit)
+        self._best = commit["best_step"]
+        self._damaged.discard(step)
+        try:
+            commits.prune(self.folder, step, self.keep_last, self._best, self._damaged)
+        except UserError as error:
+            # The checkpoint is there; what is too many is removed with the next one.
+            _log.warning("old checkpoints are not removed: %s", redacted(str(error)))
+        return sum(content["bytes"] for content in commit["files"].values())
 
     def newest(self) -> int | None:
-        """Step of the newest complete checkpoint, None without one.
+        """Step of the newest undamaged checkpoint, None if there is none at all.
 
-        Rank 0 decides: what a shared file system shows to different machines may differ for a while.
+        Rank 0 says what is there: what a shared file system shows to different machines may differ for a while. The
+        files are read by all ranks, each some of them. A damaged checkpoint is reported and passed over.
+
+        Raises:
+            UserError: all there are are damaged; or storage does not answer.
         """
-        return from_first(self.ranks, lambda: max(complete_steps(self.folder), default=None))
+        steps = from_first(self.ranks, lambda: complete_steps(self.folder))
+        for step in reversed(steps):
+            damage = self._damage(step)
+            if damage is None:
+                best = read_commit(self.folder, step)["best_step"] if self.ranks.is_first else None
+                self._best = best if best in steps and best not in self._damaged else None
+                return step
+            self._damaged.add(step)
+            self._warn(f"the checkpoint of step {step} is damaged and passed over: {damage}")
+        if steps:
+            raise UserError(f"{self.folder}: every checkpoint is damaged (of the oldest: {damage})")
+        return None
 
     def best(self) -> int | None:
-        """Step of the best checkpoint, None if there was no evaluation or it is gone; rank 0 decides."""
-        return from_first(self.ranks, lambda: best_step(self.folder))
+        """Step of the best checkpoint, None if there was no evaluation or it is gone."""
+        return from_first(self.ranks, lambda: self._best)
 
-    def _commit(self, step: int, commit: dict, best: bool) -> None:
-        commit["best_step"] = step if best else best_step(self.folder)
-        storage.write_json(storage.join(self._url(step), COMMIT), commit)
-        kept = {*complete_steps(self.folder)[-self.keep_last :], commit["best_step"]}
-        for name in storage.list_names(self.folder):
-            number = _step_of(name)
-            if number is not None and number not in kept:
-                # The commit goes first: a half-removed checkpoint must not look complete.
-                storage.remove_tree(storage.join(self.folder, name, COMMIT))
-                storage.remove_tree(storage.join(self.folder, name))
+    def is_sound(self, step: int, instead: str) -> bool:
+        """Whether the checkpoint of ``step`` is undamaged; if not, it is reported, and what is done ``instead``."""
+        damage = self._damage(step)
+        if damage is not None:
+            self._warn(f"the checkpoint of step {step} is damaged, {instead}: {damage}")
+        return damage is None
+
+    def chosen(self) -> int | None:
+        """Step of the best checkpoint; of the newest undamaged one, if none was marked best; None if there is none.
+
+        Raises:
+            UserError: the best is damaged: another's figures or recommendations must not pass for its own.
+        """
+        best = from_first(self.ranks, lambda: best_step(self.folder))
+        if best is None:
+            return self.newest()
+        damage = self._damage(best)
+        if damage is not None:
+            url = commits.step_url(self.folder, best)
+            raise UserError(f"{damage}; the best checkpoint is damaged (remove {url} to use the newest one instead)")
+        return best
+
+    def _damage(self, step: int) -> str | None:
+        """Why the checkpoint of ``step`` is not what was written, in words that name the file; None if it is."""
+
+        def read() -> tuple[dict, str | None]:
+            try:
+                return read_commit(self.folder, step)["files"], None
+            except DamagedCheckpoint as error:
+                return {}, str(error)
+
+        files, damage = from_first(self.ranks, read)
+        if damage is not None:
+            return damage
+        url = commits.step_url(self.folder, step)
+        mine = sorted(files)[self.ranks.rank :: self.ranks.world]
+        found = from_each(
+            self.ranks, lambda: [commits.file_damage(storage.join(url, name), files[name]) for name in mine]
+        )
+        return next((damage for damages in found for damage in damages if damage is not None), None)
+
+    def _warn(self, text: str) -> None:
+        if self.ranks.is_first:
+            _log.warning("%s", redacted(text))
 
     def load(self, step: int, engine: Engine | None, encoder: torch.nn.Module, table: ShardedItemTable) -> dict:
         """Fill engine (or, without one, the plain encoder) and table from the checkpoint of ``step``.
@@ -96,7 +187,7 @@ class Checkpoints:
         """
         commit = read_commit(self.folder, step)
         if engine is not None:
-            tensors = _tensors(engine, table)
+            tensors = state_tensors(engine, table)
         else:
             tensors = {f"encoder.{name}": tensor.detach() for name, tensor in encoder.named_parameters()}
             tensors["table.weight"] = table.state_dict()["weight"]
@@ -126,7 +217,9 @@ class Checkpoints:
             if len(sizes.get(name, ())) != present.dim() or any(
                 saved > now for saved, now in zip(sizes[name], present.shape, strict=True)
             ):
-                raise UserError(f"{self._url(step)}: '{name}' does not fit into {list(present.shape)}")
+                raise UserError(
+                    f"{commits.step_url(self.folder, step)}: '{name}' does not fit into {list(present.shape)}"
+                )
         own_rows = {name: tensor.to_local() for name, tensor in table_state.items()}
         self._read(step, own_rows, RowsLoadPlanner(dict.fromkeys(own_rows, table.own.start)))
         loaded = {name: present.new_empty(sizes[name]) for name, present in state.items()}
@@ -141,7 +234,7 @@ class Checkpoints:
 
     def _saved_sizes(self, step: int) -> dict[str, torch.Size]:
         """The size of every saved tensor, by its name."""
-        url = self._url(step)
+        url = commits.step_url(self.folder, step)
         try:
             metadata = CheckpointReader(url).read_metadata()
         except (OSError, pickle.UnpicklingError, EOFError) as error:
@@ -150,15 +243,11 @@ class Checkpoints:
 
     def _read(self, step: int, tensors: dict[str, torch.Tensor], planner: LoadPlanner | None = None) -> None:
         """Fill ``tensors`` from the checkpoint, which has each at the same size unless ``planner`` says otherwise."""
-        url = self._url(step)
+        url = commits.step_url(self.folder, step)
         damaged = f"{url}: this checkpoint is damaged or of another configuration"
-        with warnings.catch_warnings(), storage_errors(damaged):
-            warnings.simplefilter("ignore")
+        with storage_errors(damaged):
             reader = CheckpointReader(url)
             dcp.load(tensors, storage_reader=reader, planner=planner, process_group=self.ranks.host)
-
-    def _url(self, step: int) -> str:
-        return storage.join(self.folder, f"{_PREFIX}{step:08d}")
 
 
 def weight_settings(config: Config) -> dict[str, Any]:
@@ -171,34 +260,16 @@ def weight_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def complete_steps(folder: str) -> list[int]:
-    """Steps of the complete checkpoints in a `checkpoints` folder, ascending."""
-    steps = [_step_of(name) for name in storage.list_names(folder)]
-    return [
-        step
-        for step in sorted(step for step in steps if step is not None)
-        if storage.exists(storage.join(folder, f"{_PREFIX}{step:08d}", COMMIT))
-    ]
+def state_tensors(engine: Engine, table: ShardedItemTable) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, by name; they share memory with the parts that are trained."""
+    return _named(engine.state_dict(), table.state_dict())
 
 
-def read_commit(folder: str, step: int) -> dict[str, Any]:
-    """What a checkpoint's `commit.json` says: ``state`` is what it was saved with."""
-    return storage.read_json(storage.join(folder, f"{_PREFIX}{step:08d}", COMMIT))
+def copied_tensors(engine: Engine, table: ShardedItemTable) -> dict[str, torch.Tensor]:
+    """`state_tensors` as they are now, copied to the host's memory."""
+    state = {name: tensor.to("cpu", copy=True) for name, tensor in engine.state_dict().items()}
+    return _named(state, table.host_copy())
 
 
-def best_step(folder: str) -> int | None:
-    """Step of the best checkpoint, as the newest one has it; None if none was marked or it is gone."""
-    steps = complete_steps(folder)
-    if not steps:
-        return None
-    commit = read_commit(folder, steps[-1])
-    return commit.get("best_step") if commit.get("best_step") in steps else None
-
-
-def _step_of(name: str) -> int | None:
-    number = name.removeprefix(_PREFIX)
-    return int(number) if name.startswith(_PREFIX) and number.isdigit() else None
-
-
-def _tensors(engine: Engine, table: ShardedItemTable) -> dict[str, torch.Tensor]:
-    return {**engine.state_dict(), **{f"table.{name}": tensor for name, tensor in table.state_dict().items()}}
+def _named(engine_state: dict[str, torch.Tensor], table_state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {**engine_state, **{f"table.{name}": tensor for name, tensor in table_state.items()}}

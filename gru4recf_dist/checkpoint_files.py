@@ -1,17 +1,28 @@
-"""How `torch.distributed.checkpoint` reaches its files: through `data.storage`, which tries again what fails."""
+"""How `torch.distributed.checkpoint` reaches its files: through `data.storage`, which tries again what fails.
+
+What is written is measured on its way, so that a checkpoint can say what its files must hold.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, TypedDict
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
 from gru4recf_dist.data import storage
 from gru4recf_dist.errors import UserError
+
+
+class FileContent(TypedDict):
+    """What a file must hold: so many bytes, and their SHA-256 in hexadecimal."""
+
+    bytes: int
+    sha256: str
 
 
 class CheckpointWriter(dcp.FileSystemWriter):
@@ -22,6 +33,11 @@ class CheckpointWriter(dcp.FileSystemWriter):
         super().__init__(url, sync_files=False)
         self.fs = _Files()
         self.path = self.fs.init_path(url)
+
+    @property
+    def contents(self) -> dict[str, FileContent]:
+        """By name, the files that this rank has written."""
+        return self.fs.contents
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
@@ -62,9 +78,20 @@ def storage_errors(message: str) -> Iterator[None]:
 class _Files(FileSystemBase):
     """DCP's view of storage. Paths are URLs."""
 
-    def create_stream(self, path: str | os.PathLike, mode: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+    def __init__(self) -> None:
+        self.contents: dict[str, FileContent] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[IO[bytes] | _Measured]:
         url = os.fspath(path)
-        return storage.open_read(url) if mode == "rb" else storage.open_atomic(url)
+        if mode == "rb":
+            with storage.open_read(url) as stream:
+                yield stream
+            return
+        with storage.open_atomic(url) as stream:
+            measured = _Measured(stream)
+            yield measured
+        self.contents[_name(url)] = measured.content()
 
     def concat_path(self, path: str | os.PathLike, suffix: str) -> str:
         return storage.join(os.fspath(path), suffix)
@@ -74,7 +101,9 @@ class _Files(FileSystemBase):
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
         # Object storage cannot rename. DCP does this with its small table of contents only.
-        storage.write_bytes(os.fspath(new_path), storage.read_bytes(os.fspath(path)))
+        old, new = os.fspath(path), os.fspath(new_path)
+        storage.write_bytes(new, storage.read_bytes(old))
+        self.contents[_name(new)] = self.contents.pop(_name(old))
         self.rm_file(path)
 
     def mkdir(self, path: str | os.PathLike) -> None:
@@ -93,3 +122,33 @@ class _Files(FileSystemBase):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
         return isinstance(checkpoint_id, str)
+
+
+def _name(url: str) -> str:
+    return url.rsplit("/", 1)[-1]
+
+
+class _Measured:
+    """A stream to write to, which counts and hashes what it passes on."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._sha256, self._bytes = stream, hashlib.sha256(), 0
+
+    def content(self) -> FileContent:
+        return {"bytes": self._bytes, "sha256": self._sha256.hexdigest()}
+
+    def write(self, content: bytes | memoryview) -> int:
+        self._stream.write(content)
+        self._sha256.update(content)
+        written = memoryview(content).nbytes
+        self._bytes += written
+        return written
+
+    def tell(self) -> int:
+        return self._bytes
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()

@@ -162,6 +162,12 @@ class CheckpointConfig(Section):
     every_steps: PositiveInt | None = None
     every_epochs: PositiveInt | None = 1
     keep_last: PositiveInt = 2
+    in_background: bool = Field(
+        True,
+        alias="async",
+        description="written while training goes on, from a copy in host memory; false: training waits, without a copy",
+    )
+    max_failures: PositiveInt = Field(3, description="checkpoints in a row that cannot be written until the run ends")
 
 
 class MonitoringConfig(Section):

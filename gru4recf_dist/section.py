@@ -8,4 +8,11 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """Unknown keys are errors, defaults are validated."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        validate_default=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+        # A key that is a word of Python's, such as `async`, is the alias of a field.
+        serialize_by_alias=True,
+    )

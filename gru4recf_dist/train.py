@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gru4recf_dist import config as configuration
 from gru4recf_dist import recommender, trained_run, typed_yaml, warm_start
-from gru4recf_dist.checkpoint import complete_steps
+from gru4recf_dist.checkpoint_commits import newest_step
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import assignment, storage
 from gru4recf_dist.data.shard_format import MANIFEST, file_url
@@ -81,7 +81,7 @@ def check(config: Config) -> str:
     Raises:
         UserError: something does not fit.
     """
-    newest = max(complete_steps(storage.join(config.run_dir, "checkpoints")), default=None)
+    newest = newest_step(storage.join(config.run_dir, "checkpoints"))
     manifest = trained_run.read_data(config, newest)
     assignment.check_sizes(manifest.streams, config.batch_size, world=1)
     specs = recommender.feature_specs(config.model, manifest)

@@ -6,7 +6,8 @@ import argparse
 
 from gru4recf_dist import config as configuration
 from gru4recf_dist import recommender, typed_yaml
-from gru4recf_dist.checkpoint import Checkpoints, best_step, complete_steps, read_commit
+from gru4recf_dist.checkpoint import Checkpoints
+from gru4recf_dist.checkpoint_commits import best_step, newest_step, read_commit
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.shard_format import Manifest, read_manifest
@@ -42,18 +43,24 @@ def read_config(run_dir: str, overrides: list[str], key: str = "--run") -> Confi
     return configuration.load(url, overrides, training=False).model_copy(update={"run_dir": run_dir})
 
 
-def chosen_step(run_dir: str, key: str = "--run") -> int:
-    """Step of the run's best checkpoint; of the newest, if none was marked best.
+def chosen_step(run_dir: str, ranks: Ranks | None, key: str = "--run") -> int:
+    """Step of the run's best checkpoint; of the newest undamaged one, if none was marked best.
+
+    Args:
+        ranks: those that look for damage together, all of them; None: only `commit.json` is looked at.
 
     Raises:
-        UserError: the run has no complete checkpoint.
+        UserError: the run has no complete checkpoint, or the one to take is damaged.
     """
-    folder = storage.join(run_dir, "checkpoints")
-    steps = complete_steps(folder)
-    if not steps:
+    if ranks is not None:
+        step = Checkpoints(run_dir, ranks).chosen()
+    else:
+        folder = storage.join(run_dir, "checkpoints")
+        best = best_step(folder)
+        step = newest_step(folder) if best is None else best
+    if step is None:
         raise UserError(f"{key}: {run_dir} has no complete checkpoint")
-    best = best_step(folder)
-    return steps[-1] if best is None else best
+    return step
 
 
 def read_data(config: Config, step: int | None) -> Manifest:
@@ -75,10 +82,9 @@ def load_model(config: Config, ranks: Ranks) -> tuple[Recommender, Manifest]:
     """The model of the run's `chosen_step`, and the data set as it was then.
 
     Raises:
-        UserError: the run has no complete checkpoint, or its data set is gone.
+        UserError: as `chosen_step`; or the run's data set is gone.
     """
-    # Rank 0 decides: what a shared file system shows to different machines may differ for a while.
-    step = from_first(ranks, lambda: chosen_step(config.run_dir))
+    step = chosen_step(config.run_dir, ranks)
     manifest = from_first(ranks, lambda: read_data(config, step))
     model = recommender.build(config, manifest, ranks, training=False)
     Checkpoints(config.run_dir, ranks).load(step, None, model.encoder, model.table)

@@ -7,10 +7,9 @@ import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 
-import torch
-
 from gru4recf_dist import recommender, stopping, trained_run, typed_yaml, warm_start
 from gru4recf_dist.checkpoint import Checkpoints, weight_settings
+from gru4recf_dist.checkpoint_saving import CheckpointSaver, check_finite
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.streams import SessionLoader
@@ -111,9 +110,19 @@ class Trainer:
             storage.remove_tree(storage.join(config.run_dir, RESULT))
             storage.write_bytes(storage.join(config.run_dir, "config.yaml"), typed_yaml.dump(config).encode())
         self.monitor = Monitor(config.monitoring, config.run_dir, self.ranks.is_first, progress.step, self.total_steps)
+        self.saver = CheckpointSaver(self.checkpoints, config.checkpoint, self.ranks, self.monitor)
         if progress.step == 0 and config.init_from is not None:
             self.monitor.say(f"starting from the weights of {config.init_from}")
         stopping.catch_signals()
+        # However training ends, what is being written is written first.
+        with closing(self.saver):
+            if not self._train_steps():
+                return None
+        return self._finish()
+
+    def _train_steps(self) -> bool:
+        """Train to the end; False if a signal stopped the run."""
+        progress = self.progress
         finished = progress.step >= self.total_steps or self._out_of_patience()
         self._window = _Window()
         while not finished:
@@ -135,12 +144,14 @@ class Trainer:
                     if save or is_best or finished:
                         self._save(is_best)
                     if done.stop and not finished:
+                        self.saver.finish()
                         self.monitor.say(f"stopped by a signal after step {progress.step}; the run can be resumed")
                         self.monitor.close()
-                        return None
+                        return False
                     if finished:
                         break
-        return self._finish()
+        self.saver.finish()
+        return True
 
     def update(self, batches: list[MicroBatch]) -> StepResult:
         """The next update."""
@@ -198,6 +209,7 @@ class Trainer:
             values["train/loss_scale"] = self.step.loss_scale.value
             values["train/skipped_steps"] = self.progress.skipped_steps
         self.monitor.scalars(step, values)
+        self.saver.show_written()
         shown = {"loss": "train/loss", "events_per_s": "perf/events_per_second", "gib": "perf/peak_memory_gib"}
         self.monitor.advance(**{name: values[key] for name, key in shown.items()}, **figures)
         self._window = _Window()
@@ -245,7 +257,7 @@ class Trainer:
     def _save(self, is_best: bool) -> None:
         started = time.perf_counter()
         self.engine.copy_weights_to(self.model.encoder)
-        self._check_finite()
+        check_finite(self.progress.step, self.model.encoder, self.table, self.ranks)
         state = {
             "progress": vars(self.progress),
             "loss_scale": self.step.loss_scale.state_dict(),
@@ -254,25 +266,11 @@ class Trainer:
             # What a run that starts from this one on a grown data set has to know of the embedded vocabularies.
             "features": [vars(spec) for spec in recommender.feature_specs(self.config.model, self.manifest)],
         }
-        self.checkpoints.save(self.progress.step, self.engine, self.table, state, is_best)
-        seconds = time.perf_counter() - started
-        self.monitor.scalars(self.progress.step, {"checkpoint/seconds": seconds})
-        # A run that is killed goes on from here: the lines up to here must be there too.
-        self.monitor.flush()
-        self._window.started += seconds
-
-    def _check_finite(self) -> None:
-        """A finite loss may have a gradient that is not: a checkpoint of what it left could never be resumed."""
-        dense = [(~weight.detach().isfinite()).any() for weight in self.model.encoder.parameters()]
-        broken = torch.tensor(self.table.has_broken_row() or bool(torch.stack(dense).any()), dtype=torch.int64)
-        if int(collectives.sum_over_ranks(broken, self.ranks.host)):
-            raise UserError(
-                f"step {self.progress.step}: the weights are not finite; this checkpoint was not written. "
-                "Try lower optimizer.lr and table.lr, or optimizer.clip"
-            )
+        self.saver.save(self.progress.step, self.engine, self.table, state, is_best)
+        self._window.started += time.perf_counter() - started
 
     def _resume(self, newest: int | None) -> None:
-        """Go on from the run folder's newest complete checkpoint; if there is none, start from ``init_from``."""
+        """Go on from the run folder's newest undamaged checkpoint; if there is none, start from ``init_from``."""
         if newest is not None:
             state = self.checkpoints.load(newest, self.engine, self.model.encoder, self.table)
             if state["training_data"] != self.manifest.training_digest:
@@ -290,7 +288,10 @@ class Trainer:
         """Evaluate the best checkpoint and write `result.json`."""
         config, progress = self.config, self.progress
         best = self.checkpoints.best()
-        if best is not None and best != progress.step:
+        is_present = best is None or best == progress.step
+        if not is_present and not self.checkpoints.is_sound(best, "the last weights are evaluated in its place"):
+            best, is_present = None, True
+        if not is_present:
             self.checkpoints.load(best, None, self.model.encoder, self.table)
         else:
             self.engine.copy_weights_to(self.model.encoder)

@@ -123,9 +123,10 @@ def _explain(schema: type[BaseModel], detail: dict[str, Any]) -> str:
 def _keys(schema: type[BaseModel], prefix: str = "") -> typing.Iterator[str]:
     """Every dotted key that ``schema`` knows."""
     for name, field in schema.model_fields.items():
-        yield prefix + name
+        key = prefix + (field.alias or name)
+        yield key
         for inner in _section_types(field.annotation):
-            yield from _keys(inner, f"{prefix}{name}.")
+            yield from _keys(inner, f"{key}.")
 
 
 def _section_types(annotation: Any) -> list[type[BaseModel]]:

@@ -7,10 +7,13 @@ initial value, its optimizer state zero. Steps, epochs, schedule, order of the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from gru4recf_dist import recommender, trained_run
-from gru4recf_dist.checkpoint import Checkpoints, read_commit, weight_settings
+from gru4recf_dist.checkpoint import Checkpoints, weight_settings
+from gru4recf_dist.checkpoint_commits import read_commit
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.shard_format import Manifest
@@ -34,15 +37,28 @@ class Origin:
     specs: list[FeatureSpec]
 
 
-def find(config: Config, manifest: Manifest) -> Origin:
+def find(config: Config, manifest: Manifest, ranks: Ranks | None = None) -> Origin:
     """The best checkpoint of ``config.init_from`` (the newest, if none is marked), once it is known to fit.
 
+    Args:
+        ranks: those that look for it together, all of them; None: whether its tensors are damaged is not looked at.
+
     Raises:
-        UserError: there is none, or its model is another one, or its data set is no ancestor of ``manifest``'s.
+        UserError: there is none, or it is damaged; or its model is another one, or its data set is no ancestor of
+            ``manifest``'s.
     """
     folder = config.init_from
-    before = trained_run.read_config(folder, [], key="init_from")
-    step = trained_run.chosen_step(folder, key="init_from")
+    before = _on_first(ranks, lambda: trained_run.read_config(folder, [], key="init_from"))
+    step = trained_run.chosen_step(folder, ranks, key="init_from")
+    return _on_first(ranks, lambda: _fitting(config, manifest, before, step))
+
+
+def _on_first(ranks: Ranks | None, compute: Callable[[], Any]) -> Any:
+    return compute() if ranks is None else from_first(ranks, compute)
+
+
+def _fitting(config: Config, manifest: Manifest, before: Config, step: int) -> Origin:
+    folder = config.init_from
     _check_settings(before, config)
     state = read_commit(storage.join(folder, "checkpoints"), step)["state"]
     if "features" not in state:
@@ -63,7 +79,7 @@ def load(config: Config, manifest: Manifest, engine: Engine, table: ShardedItemT
     Raises:
         UserError: as `find`.
     """
-    origin = from_first(ranks, lambda: find(config, manifest))
+    origin = find(config, manifest, ranks)
     rows = kept_rows(origin.specs, recommender.feature_specs(config.model, manifest))
     kept = {f"feature_embed_layer.{name}": places for name, places in rows.items()}
     Checkpoints(config.init_from, ranks).load_smaller(origin.step, engine, table, kept)

@@ -1,6 +1,6 @@
 """A file on object storage as a stream: fetched in ranges, the next ones while the current one is used.
 
-A connection that breaks costs the range it was fetching, which is asked for again; what came before stays.
+A connection that breaks costs nothing that had come by then: the rest is asked for from that byte on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from concurrent.futures import Future
 
 from gru4recf_dist.data import filesystems
 from gru4recf_dist.data.attempts import attempted, call, is_behind_the_end
+from gru4recf_dist.data.range_requests import receive
 from gru4recf_dist.errors import UserError
 
 MIB = 1 << 20
@@ -129,12 +130,14 @@ class RangedReader(io.RawIOBase):
         return min(self._range_bytes, self._size - number * self._range_bytes)
 
     def _fetch(self, number: int) -> bytes:
+        received = bytearray()
         try:
-            return attempted(self._url, lambda: self._request(number))
+            attempted(self._url, lambda: self._request(number, received))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise DamagedFile(f"{self._url}: no such file") from error
         except PermissionError as error:
             raise UserError(f"{self._url}: permission denied") from error
+        return bytes(received)
 
     def _ask_size(self) -> int:
         size = call(self._fs, "info", self._path)["size"]
@@ -142,28 +145,31 @@ class RangedReader(io.RawIOBase):
             raise UserError(f"{self._url}: its server does not tell its size")
         return int(size)
 
-    def _request(self, number: int) -> bytes:
+    def _request(self, number: int, received: bytearray) -> None:
+        """Ask for what of range ``number`` is not in ``received`` yet, and add it."""
         start = number * self._range_bytes
         stop = start + self._length(number)
         # One byte more than there should be tells a file that is too long.
         probe = 1 if self._size_is_given and stop == self._size else 0
+        if len(received) == stop + probe - start:
+            # The connection broke after the last byte.
+            return
         try:
-            content = call(self._fs, "cat_file", self._path, start=start, end=stop + probe)
+            receive(self._fs, self._path, start + len(received), stop + probe, received)
         except Exception as error:
             if not is_behind_the_end(error):
                 raise
-            content = b""
-        if len(content) > stop - start + probe:
+        missing = stop - start - len(received)
+        if missing < -probe:
             raise UserError(f"{self._url}: its server sends whole files where a range is asked for")
-        if len(content) > stop - start:
+        if missing < 0:
             raise DamagedFile(f"{self._url}: longer than the {self._size} bytes it should have")
-        if len(content) < stop - start:
+        if missing > 0:
             # Either the file ends before its time, or the connection did.
             size = self._ask_size()
             if size < stop:
                 raise DamagedFile(f"{self._url}: truncated, {size} bytes of {self._size}")
-            raise ConnectionError(f"{len(content)} of {stop - start} bytes came")
-        return content
+            raise ConnectionError(f"{missing} of {stop - start} bytes did not come")
 
 
 class _Held:

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +25,8 @@ class Ranks:
         dense: group of the encoder's all-reduce.
         table: group of the item table's exchanges; its own, so that they never wait behind the encoder's.
         host: gloo group for CPU tensors: counts, flags, checkpoints.
+        background: as `host`, for a thread that works while training goes on: in one group, two threads' collectives
+            would meet each other's.
     """
 
     rank: int
@@ -33,10 +35,15 @@ class Ranks:
     dense: dist.ProcessGroup
     table: dist.ProcessGroup
     host: dist.ProcessGroup
+    background: dist.ProcessGroup
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def in_background(self) -> Ranks:
+        """The same ranks for the thread that works beside the training."""
+        return replace(self, host=self.background)
 
 
 def add_launcher_argument(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +95,7 @@ def start(device: str = "auto", timeout_seconds: int = 1800, init_method: str | 
         dense=everyone,
         table=dist.new_group(timeout=timeout),
         host=dist.new_group(backend="gloo", timeout=timeout),
+        background=dist.new_group(backend="gloo", timeout=timeout),
     )
 
 
@@ -115,22 +123,40 @@ def from_first(ranks: Ranks, compute: Callable[[], Any]) -> Any:
 
     Whatever else is raised there ends the others with a `UserError` too: they would wait for rank 0 until a time-out.
     """
-    answer: list[Any] = [None]
-    bug: Exception | None = None
-    if ranks.is_first:
-        try:
-            answer = [compute()]
-        except UserError as error:
-            answer = [error]
-        except Exception as error:
-            bug, answer = error, [UserError(f"rank 0 ended with {type(error).__name__}")]
+    mine, bug = _outcome(ranks, compute) if ranks.is_first else (None, None)
+    answer = [mine]
     if ranks.world > 1:
         dist.broadcast_object_list(answer, src=0, group=ranks.host)
+    return _agreed(answer, bug)[0]
+
+
+def from_each(ranks: Ranks, compute: Callable[[], Any]) -> list[Any]:
+    """What ``compute`` returns on each rank, in their order, on every rank; errors as `from_first`, of any rank."""
+    mine, bug = _outcome(ranks, compute)
+    answers = [mine]
+    if ranks.world > 1:
+        answers = [None] * ranks.world
+        dist.all_gather_object(answers, mine, group=ranks.host)
+    return _agreed(answers, bug)
+
+
+def _outcome(ranks: Ranks, compute: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What the other ranks are to know of ``compute``, and what only this one can raise."""
+    try:
+        return compute(), None
+    except UserError as error:
+        return error, None
+    except Exception as error:
+        return UserError(f"rank {ranks.rank} ended with {type(error).__name__}"), error
+
+
+def _agreed(answers: list[Any], bug: Exception | None) -> list[Any]:
     if bug is not None:
         raise bug
-    if isinstance(answer[0], UserError):
-        raise answer[0]
-    return answer[0]
+    for answer in answers:
+        if isinstance(answer, UserError):
+            raise answer
+    return answers
 
 
 def stop() -> None:

@@ -224,7 +224,12 @@ class ShardedItemTable:
 
     def state_dict(self) -> dict[str, DTensor]:
         """The rows and their optimizer state as DTensors that share memory with the table: loading fills it."""
-        return {name: self._as_dtensor(tensor, self.rows) for name, tensor in self._tensors().items()}
+        return {name: self._as_dtensor(tensor, self._mesh) for name, tensor in self._tensors().items()}
+
+    def host_copy(self) -> dict[str, DTensor]:
+        """`state_dict` as it is now, in the host's memory: what the next updates change is not in it."""
+        mesh = DeviceMesh.from_group(self.ranks.host, "cpu")
+        return {name: self._as_dtensor(tensor.to("cpu", copy=True), mesh) for name, tensor in self._tensors().items()}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {"weight": self.weight, **(self.optimizer.state if self.optimizer else {})}
@@ -234,7 +239,7 @@ class ShardedItemTable:
         beside = self.device.type == self.ranks.device.type
         return DeviceMesh.from_group(self.ranks.dense if beside else self.ranks.host, self.device.type)
 
-    def _as_dtensor(self, local: torch.Tensor, rows: int) -> DTensor:
-        shape = torch.Size([rows, *local.shape[1:]])
+    def _as_dtensor(self, local: torch.Tensor, mesh: DeviceMesh) -> DTensor:
+        shape = torch.Size([self.rows, *local.shape[1:]])
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)

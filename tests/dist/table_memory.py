@@ -1,6 +1,6 @@
 """One rank that trains, saves, loads and evaluates; prints the peak memory of each phase as JSON, the last line.
 
-python -m tests.dist.table_memory FOLDER    (FOLDER/data is the data set)
+python -m tests.dist.table_memory FOLDER async|waiting    (FOLDER/data is the data set)
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def measure(folder: str) -> dict[str, int]:
+def measure(folder: str, in_background: bool) -> dict[str, int]:
     """By phase, the most bytes that were resident above what was before there was a table."""
     overrides = (
         f"model.embedding_size={DIM}",
         "table.optimizer=rowwise_adagrad",
         "loss.sampler=log_uniform",
         "evaluation.baselines=true",
+        f"checkpoint.async={str(in_background).lower()}",
         "max_steps=10",
     )
     config = small_config(f"{folder}/data", f"{folder}/run", *overrides)
@@ -64,4 +65,4 @@ def measure(folder: str) -> dict[str, int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(measure(sys.argv[1])))
+    print(json.dumps(measure(sys.argv[1], sys.argv[2] == "async")))

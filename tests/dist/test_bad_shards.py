@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gru4recf_dist.checkpoint import complete_steps
+from gru4recf_dist.checkpoint_commits import complete_steps
 from gru4recf_dist.config import Config, LoaderConfig
 from gru4recf_dist.data.blocks import Block
 from gru4recf_dist.data.shard_format import POPULARITY, Manifest

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from gru4recf_dist.checkpoint import complete_steps
+from gru4recf_dist.checkpoint_commits import complete_steps
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.errors import UserError

@@ -11,7 +11,7 @@ import torch
 
 from gru4recf_dist import train as train_program
 from gru4recf_dist import warm_start
-from gru4recf_dist.checkpoint import best_step
+from gru4recf_dist.checkpoint_commits import best_step
 from gru4recf_dist.config import Config
 from gru4recf_dist.data.shard_format import Feature, Manifest, read_manifest, write_manifest
 from gru4recf_dist.errors import UserError

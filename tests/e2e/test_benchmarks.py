@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.e2e.test_main_job import SIZES, program
@@ -58,12 +60,62 @@ def test_a_benchmark_prints_its_table(tmp_path, arguments, rows):
             ["benchmarks.bias", "--items=50", "--events=20", "--draws=2", "--negatives", "8"],
             ["popularity ", "log_uniform, half in batch", "uniform ", "sum of q over the items, uniform"],
         ),
+        (
+            ["benchmarks.torchrec", "--alone", "--rows=100", "--dim=4", "--batch=32", "--rounds=1", "--steps=2"],
+            ["this project  uniform", "this project     zipf"],
+        ),
     ],
-    ids=["kernels", "bias"],
+    ids=["kernels", "bias", "torchrec"],
 )
-def test_a_benchmark_without_a_data_set_prints_its_table(arguments, rows):
-    done = program("-m", *arguments)
+def test_a_benchmark_without_a_data_set_prints_its_table(tmp_path, arguments, rows):
+    output = ["--output", tmp_path / "out.json"] if "--alone" in arguments else []
+    done = program("-m", *arguments, *output)
     assert done.returncode == 0, done.stderr
     for row in rows:
         (line,) = [line for line in done.stdout.splitlines() if line.startswith(row)][:1]
         assert any(character.isdigit() for character in line)
+
+
+def test_the_benchmark_beside_recbole_takes_what_recbole_did_before(tmp_path):
+    """Forty users of sixty are taken; the measurements of the other side are made up."""
+    source = tmp_path / "shop"
+    source.mkdir()
+    events = [f"{user}\t{(user + step) % 9}\t{step}" for user in range(60) for step in range(6)]
+    (source / "shop.inter").write_text("\n".join(["user_id:token\titem_id:token\ttimestamp:float", *events]) + "\n")
+    items = [f"{item}\ta{item % 3} a{item % 2}" for item in range(9)]
+    (source / "shop.item").write_text("\n".join(["item_id:token\tattributes:token_seq", *items]) + "\n")
+    (tmp_path / "recipe.yaml").write_text("batch_size: 8\n")
+    before = tmp_path / "before.json"
+    command = ["-m", "benchmarks.recbole", f"source={source}", "--users=40", "--epochs", "1", "2", "--max-length=8"]
+    command += ["--embedding-size=8", "--hidden-size=8", "--batch-targets=32", "--topk-sessions=20", "--topk-batch=8"]
+    command += ["--config", tmp_path / "recipe.yaml", "--output", tmp_path / "all.json", "--reuse", before]
+
+    def recbole(targets: int) -> None:
+        columns = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "attributes"]}
+        sizes = {"embedding_size": 8, "hidden_size": 8, "num_layers": 1, "train_batch_size": 32}
+        rest = {"dropout_prob": 0.3, "pooling_mode": "sum", "learning_rate": 0.001, "MAX_ITEM_LIST_LENGTH": 8}
+        settings = {**sizes, **rest, "selected_features": ["attributes"], "load_col": columns}
+        found = [{"train_seconds": 5.0, "clock": 6.0, "valid": {"ndcg@10": 0.3}, "test": {"ndcg@10": 0.25}}]
+        # The second is worse on the validation split: within both times the first epoch counts.
+        found += [{"train_seconds": 7.0, "clock": 14.0, "valid": {"ndcg@10": 0.2}, "test": {"ndcg@10": 0.4}}]
+        times = {"evaluation_seconds": 4.0, "test_targets": 40, "topk_seconds": 0.2, "topk_sessions": 20}
+        versions = {"recbole": "0"}
+        made = {"settings": settings, "versions": versions, "train_targets": targets, "epochs": found, **times}
+        before.write_text(json.dumps(made))
+
+    recbole(targets=40 * 3)
+    done = program(*command)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line.split() for line in done.stdout.splitlines() if line.startswith("RecBole 0")]
+    assert line == ["RecBole", "0", "6.00", "1.0", "0.2500", "0.2500", "1", "100.000", "10.000"]
+    sides = json.loads((tmp_path / "all.json").read_text())["sides"]
+    assert len(sides) == 4
+    for side in list(sides.values())[1:]:
+        assert side["test_targets"] == 40
+        assert side["epochs"][-1]["clock"] > 0
+        assert side["settings"]["model"]["hidden_size"] == 8
+
+    recbole(targets=40 * 3 - 1)
+    refused = program(*command)
+    assert refused.returncode == 2
+    assert "train_targets" in refused.stderr and str(before) in refused.stderr

@@ -8,8 +8,8 @@ import pytest
 
 from tests.support.s3 import S3, FaultyS3, running_fault_proxy, running_server
 
-# A seed with which each kind of fault comes up in every test that asks for them. Should one not come up any more, after
-# a change of which requests the project makes, take another seed.
+# A seed with which several kinds of fault come up in every test that asks for them. Should they not any more, after a
+# change of which requests the project makes, take another seed.
 FAULT_SEED = 17
 STALL_SECONDS = 1.5
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.s3.test_broken_preparation import ENDS_EARLY
@@ -11,43 +13,58 @@ from tests.support.s3_runs import program, write_raw_events, write_recipe
 pytestmark = pytest.mark.s3
 
 
-@pytest.mark.parametrize("end", ["killed", "failed"])
-def test_the_data_set_stays_and_another_append_gives_what_a_local_one_gives(s3, tmp_path, end):
-    raw, folder = tmp_path / "raw", f"{BUCKET}/append/{end}/data"
-    write_raw_events(raw)
-    # The second day: other users, and other products for a third of them.
-    (raw / "events-2.csv").write_text((raw / "events.csv").read_text().replace("\nu", "\nv").replace(",p1", ",new1"))
-    for name, output in (("remote", f"s3://{folder}"), ("local", f"{tmp_path}/data")):
-        write_recipe(tmp_path / f"{name}.yaml", str(raw), output)
-    files = s3.files()
+OPTIONS = ("split={method: temporal}", "streams=8")
+SECOND_DAY = "input.files=[events-2.csv]"
 
-    def run(*start: str, where: str = "remote"):
-        command = ("--config", tmp_path / f"{where}.yaml", "split={method: temporal}", "streams=8")
-        if "--append" in start:
-            command = (*command, "input.files=[events-2.csv]")
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory) -> tuple[Path, dict[str, bytes], dict[str, bytes]]:
+    """The folder of the raw events; what a data set of the first day has, and what it has with the second."""
+    folder = tmp_path_factory.mktemp("local")
+    write_raw_events(folder / "raw")
+    # The second day: other users, and other products for a third of them.
+    first = (folder / "raw/events.csv").read_text()
+    (folder / "raw/events-2.csv").write_text(first.replace("\nu", "\nv").replace(",p1", ",new1"))
+    write_recipe(folder / "recipe.yaml", str(folder / "raw"), f"{folder}/data")
+    found = []
+    for start in ((), ("--append", SECOND_DAY)):
+        command = ("-m", "data_prep", "--config", folder / "recipe.yaml", *OPTIONS)
+        done = program(*command, *start, environment={})
+        assert (done.returncode, done.stderr) == (0, "")
+        found.append(_contents(folder / "data"))
+    return folder / "raw", *found
+
+
+@pytest.mark.parametrize("end", ["killed", "failed"])
+def test_the_data_set_stays_and_another_append_gives_what_a_local_one_gives(s3, local, tmp_path, end):
+    raw, before, appended = local
+    folder = f"{BUCKET}/append/{end}/data"
+    files = s3.files()
+    files.pipe({f"{folder}/{name}": content for name, content in before.items()})
+    write_recipe(tmp_path / "recipe.yaml", str(raw), f"s3://{folder}")
+
+    def append(*start: str):
+        command = ("--append", "--config", tmp_path / "recipe.yaml", *OPTIONS, SECOND_DAY)
         return program(*start, *command, environment=s3.environment)
 
     def found() -> dict[str, bytes]:
         return {name.removeprefix(f"{folder}/"): files.cat_file(name) for name in files.find(folder) if name != folder}
 
-    for where in ("remote", "local"):
-        assert run("-m", "data_prep", where=where).returncode == 0
-    before = found()
-    broken = run("-c", ENDS_EARLY, end, "--append")
+    broken = append("-c", ENDS_EARLY, end)
+    left = found()
     if end == "killed":
-        left = found()
         assert broken.returncode == -9 and left.keys() > before.keys()
         assert {name: left[name] for name in before} == before
     else:
         assert (broken.returncode, broken.stderr) == (2, "error: somewhere: no space left\n")
-        assert found() == before
-    for where in ("remote", "local"):
-        assert run("-m", "data_prep", "--append", where=where).stderr == ""
+        assert left == before
+    assert append("-m", "data_prep").stderr == ""
     after = found()
-    local = {str(path.relative_to(tmp_path / "data")): path for path in (tmp_path / "data").rglob("*")}
-    local = {name: path.read_bytes() for name, path in local.items() if path.is_file()}
-    assert after.keys() == local.keys()
+    assert after.keys() == appended.keys()
     assert after.keys() - before.keys() > {"items/tokens-1.parquet", "items/features/shelf.values-1.npy"}
-    assert {name for name in after if after[name] != local[name]} == {
-        name for name in after if name.startswith("manifest")
-    }
+    # The manifest has the recipe in it, and with that the place.
+    assert {name for name in after if after[name] != appended[name]} == {"manifest.json"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 
 import pytest
 
@@ -32,30 +32,48 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("raw")
+    write_raw_events(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(s3, raw, tmp_path_factory) -> str:
+    """Where on S3 a whole preparation of ``raw`` lies."""
+    recipe = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    write_recipe(recipe, str(raw), f"s3://{BUCKET}/before")
+    done = program("-m", "data_prep", "--config", recipe, environment=s3.environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    return f"{BUCKET}/before"
+
+
 @pytest.mark.parametrize("end", ["killed", "failed"])
-def test_no_manifest_is_left_and_another_run_works(s3, tmp_path, end):
-    write_raw_events(tmp_path / "raw")
-    base = f"{BUCKET}/broken/{end}"
-    write_recipe(tmp_path / "recipe.yaml", str(tmp_path / "raw"), f"s3://{base}/data")
+def test_no_manifest_is_left_and_another_run_works(s3, raw, prepared, tmp_path, end):
+    data = f"{BUCKET}/broken/{end}/data"
+    write_recipe(tmp_path / "recipe.yaml", str(raw), f"s3://{data}")
     command = ("--config", tmp_path / "recipe.yaml")
     files = s3.files()
 
-    def prepare() -> dict[str, bytes]:
-        done = program("-m", "data_prep", *command, environment=s3.environment)
-        assert (done.returncode, done.stderr) == (0, "")
-        return {name: files.cat_file(name) for name in files.find(f"{base}/data")}
+    def found(folder: str) -> dict[str, bytes]:
+        # The server goes on to show the folder itself.
+        return {name.removeprefix(folder): files.cat_file(name) for name in files.find(folder) if name != folder}
 
-    whole = prepare()
-    # The second time over what the first has written: its manifest must not stand beside other shards.
+    # Over an earlier preparation: its manifest must not stand beside other shards.
+    whole = found(prepared)
+    files.pipe({f"{data}{name}": content for name, content in whole.items()})
     broken = program("-c", ENDS_EARLY, end, *command, "seed=1", environment=s3.environment)
-    # The server goes on to show the folder itself.
-    left = set(files.find(f"{base}/data")) - {f"{base}/data"}
-    assert f"{base}/data/manifest.json" not in left
+    left = found(data)
+    assert "/manifest.json" not in left
     if end == "killed":
         assert broken.returncode == -9 and left
     else:
         assert (broken.returncode, broken.stderr) == (2, "error: somewhere: no space left\n")
         assert not left
-    again = prepare()
-    assert json.loads(again[f"{base}/data/manifest.json"]) == json.loads(whole[f"{base}/data/manifest.json"])
-    assert again == whole
+    again = program("-m", "data_prep", *command, environment=s3.environment)
+    assert (again.returncode, again.stderr) == (0, "")
+    after = found(data)
+    assert after.keys() == whole.keys()
+    # The manifest has the recipe in it, and with that the place.
+    assert {name for name in after if after[name] != whole[name]} == {"/manifest.json"}

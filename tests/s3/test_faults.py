@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
 
 import pytest
 
 from tests.dist.test_resume import OPTIONS, STEPS, resume, train_until
 from tests.s3.epoch import read_epoch
 from tests.support.ranks import run_ranks
-from tests.support.s3 import BUCKET, S3, SHARES
+from tests.support.s3 import BUCKET, S3, running_fault_proxy
 from tests.support.s3_runs import assert_equal_tensors, in_environment, program
 from tests.support.synthetic import random_sessions, write_dataset
 from tests.support.training import small_config, train, whole
@@ -44,7 +46,31 @@ def test_an_epoch_under_faults_delivers_every_session_exactly_once(local, s3, fa
     sessions = json.loads(finished.stdout)
     assert sorted(sessions) == list(range(SESSIONS))
     assert sessions == read_epoch(local, 0)
-    assert faulty_s3.faults(name).keys() == SHARES.keys()
+    assert len(faulty_s3.faults(name)) >= 3
+
+
+_READ = """
+import hashlib, sys
+from gru4recf_dist.data import storage
+for url in sys.argv[1:]:
+    with storage.open_read(url) as stream:
+        print(hashlib.sha256(stream.read()).hexdigest())
+"""
+
+
+def test_a_broken_connection_is_gone_on_with_at_its_byte(s3):
+    contents = [random.Random(number).randbytes(1 << 20) for number in range(20)]
+    files = s3.files()
+    for number, content in enumerate(contents):
+        files.pipe_file(f"{BUCKET}/broken/{number}", content)
+    urls = [f"s3://{BUCKET}/broken/{number}" for number in range(len(contents))]
+    with running_fault_proxy(s3, seed=17, stall_seconds=0, shares={"truncate": 0.3}) as proxy:
+        finished = program("-c", _READ, *urls, environment=proxy.environment)
+        asked = [line for line in proxy.requests("broken") if line["method"] == "GET"]
+    assert finished.stdout.split() == [hashlib.sha256(content).hexdigest() for content in contents], finished.stderr
+    broken = {line["path"] for line in asked if line["fault"] == "truncate"}
+    gone_on_with = {line["path"] for line in asked if not line["range"].startswith("bytes=0-")}
+    assert broken and gone_on_with == broken
 
 
 def test_training_under_faults_ends_with_the_weights_of_a_run_without(local, tmp_path, s3, faulty_s3):
@@ -54,7 +80,7 @@ def test_training_under_faults_ends_with_the_weights_of_a_run_without(local, tmp
     config = small_config(remote, f"s3://{BUCKET}/training/run", *settings)
     faulty = run_ranks(2, in_environment, tmp_path, faulty_s3.environment, train, config)
     assert_equal_tensors(whole(faulty), whole(quiet))
-    assert faulty_s3.faults("training").keys() == SHARES.keys()
+    assert len(faulty_s3.faults("training")) >= 3
     writes = [line for line in faulty_s3.requests("training/run") if line["method"] in ("PUT", "POST", "DELETE")]
     assert any(line["fault"] for line in writes)
     result = json.loads(faulty_s3.files().cat_file(f"{BUCKET}/training/run/result.json"))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gru4recf_dist.checkpoint import read_commit
+from gru4recf_dist.checkpoint_commits import read_commit
 from gru4recf_dist.config import Config
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.trainer import Trainer

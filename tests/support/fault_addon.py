@@ -1,7 +1,7 @@
 """Faults of an object store, for mitmproxy: `mitmdump -s fault_addon.py`, settings in the file that $FAULTS names.
 
-Which request fails is a function of (seed, method, path, range, how often that request was seen before), so the same
-requests meet the same faults whatever their timing. Every request is logged as one JSON line.
+Which request fails is a function of (seed, method, path, end of range, how often that request was seen before), so the
+same requests meet the same faults whatever their timing. Every request is logged as one JSON line.
 
 It runs in mitmproxy's own virtual environment: of this project it can import nothing.
 """
@@ -62,7 +62,9 @@ class Faults:
         # The store invents the ids of multi-part uploads: they are other ones in every run.
         query = sorted((name, value) for name, value in request.query.items(multi=True) if name != "uploadId")
         path = request.path.partition("?")[0]
-        key = json.dumps([self.seed, request.method, path, query, request.headers.get("Range", "")])
+        # Where a range is gone on with depends on what came before the connection broke; where it ends does not.
+        range_end = request.headers.get("Range", "").rpartition("-")[2]
+        key = json.dumps([self.seed, request.method, path, query, range_end])
         digest = hashlib.sha256(f"{key}{self._seen[key]}".encode()).digest()
         self._seen[key] += 1
         drawn = int.from_bytes(digest[:8], "big") / 2**64

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -97,7 +98,11 @@ def serving(stall_seconds: float = 30) -> Iterator[HttpFiles]:
                 self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body[: len(body) // 2] if cut else body)
-            self.close_connection |= cut
+            if cut:
+                # A client that meets the end together with the last bytes may not see these.
+                self.wfile.flush()
+                time.sleep(0.1)
+                self.close_connection = True
 
         def log_message(self, *arguments) -> None:
             pass

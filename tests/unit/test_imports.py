@@ -33,7 +33,15 @@ MAY_IMPORT = {
     "gru4recf_dist.stopping": (),
     "gru4recf_dist.checkpoint": (
         "gru4recf_dist.checkpoint_blocks",
+        "gru4recf_dist.checkpoint_commits",
         "gru4recf_dist.checkpoint_files",
+        "gru4recf_dist.table",
+        *RUN_TIME,
+    ),
+    "gru4recf_dist.checkpoint_commits": ("gru4recf_dist.checkpoint_files", "gru4recf_dist.data", *BASE),
+    "gru4recf_dist.checkpoint_saving": (
+        "gru4recf_dist.checkpoint",
+        "gru4recf_dist.monitoring",
         "gru4recf_dist.table",
         *RUN_TIME,
     ),
@@ -55,6 +63,7 @@ ONLY_IMPORTED_BY = {
     "gru4recf_dist.trainer": (
         "benchmarks.__main__",
         "benchmarks.catalog",
+        "benchmarks.recbole",
         "benchmarks.wire",
         *(f"gru4recf_dist.{program}" for program in PROGRAMS),
     ),

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 
 import torch
 from torch import nn
@@ -94,13 +95,12 @@ def _measure(config: Config, steps: int, skip: int) -> None:
     trainer = Trainer(config, ranks)
     seconds: list[float] = []
     while len(seconds) < skip + steps:
-        for block in trainer.loader:
-            batches = pack_micro_batches(block, config.accumulation, config.loader.max_length, config.loader.context)
-            started = time.perf_counter()
-            trainer.update(batches)
-            seconds.append(time.perf_counter() - started)
-            if len(seconds) == skip + steps:
-                break
+        with closing(trainer.loader.prepared(trainer.step.prepare)) as batches:
+            left = trainer.loader.steps_left
+            for _ in range(min(left, skip + steps - len(seconds))):
+                started = time.perf_counter()
+                trainer.update(next(batches))
+                seconds.append(time.perf_counter() - started)
     table = trainer.table
     share = sum(tensor.nbytes for tensor in (table.weight, *table.optimizer.state.values()))
     peak = torch.tensor([_peak_bytes(), _peak_bytes() - before - share])

@@ -33,8 +33,8 @@ def default_tile_rows(device: torch.device, dim: int) -> int:
         return _GPU_TILE_ROWS
     text = _L2_SIZE.read_text().strip() if _L2_SIZE.exists() else "1024K"
     bytes_ = int(text.removesuffix("K")) * 1024 if text.removesuffix("K").isdigit() else 1 << 20
-    # A tile's rows, and of a batch of queries the scores and the comparisons with them.
-    return max(256, bytes_ // (4 * (dim + _USUAL_QUERIES)))
+    # A tile's rows and the scores of a batch of queries, or half of them: smaller tiles cost more calls than they gain.
+    return max(256, 2 * bytes_ // (4 * (dim + _USUAL_QUERIES)))
 
 
 def count_above(
@@ -55,44 +55,76 @@ def count_above(
         ties: ``against`` counts items of exactly the target's score, ``for`` does not.
     """
     count = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-    # [queries, tile] scores exist at a time: as many queries as keep that within bounds.
+    # [tile, queries] scores exist at a time: as many queries as keep that within bounds.
     block = min(max(1, _SCORES // tile_rows), max(1, len(queries)))
-    scores, flags = (queries.new_empty(block, tile_rows) for _ in range(2))
+    scores, flags = (queries.new_empty(tile_rows, block) for _ in range(2))
     norms = queries.double().norm(dim=1)
+    unsure = _UnsurePairs(queries, targets, target_scores, table, score, ties)
     for first, raw in table.tiles(tile_rows):
-        raw = raw.float()
-        rows = transform_rows(raw, score)
-        margin = norms * (rows.norm(dim=1).max().double() * relative_error(queries.shape[1]))
+        rows = transform_rows(raw.float(), score)
+        margin = norms * (rows.norm(dim=1).max().double() * relative_error(queries.shape[1], score))
         low, high = _round_down(target_scores - margin), _round_up(target_scores + margin)
         for start in range(0, len(queries), block):
             part = slice(start, start + block)
-            used = (slice(0, len(queries[part])), slice(0, len(rows)))
-            torch.mm(queries[part], rows.T, out=scores[used])
-            sure, query, column = _sort_out(scores[used], flags[used], low[part], high[part])
+            used = (slice(0, len(rows)), slice(0, len(queries[part])))
+            torch.mm(rows, queries[part].T, out=scores[used])
+            sure, row, query = _sort_out(scores[used], flags[used], low[part], high[part])
             count[part] += sure
-            query += start
-            other = targets[query] != column + first
-            query, column = query[other], column[other]
-            above = _pairs_above(queries, target_scores, query, column, raw.__getitem__, score, ties)
-            count += torch.bincount(query[above], minlength=len(queries))
-    return count
+            unsure.add(query + start, row + first)
+    return count + unsure.count()
 
 
 def _sort_out(
     scores: torch.Tensor, flags: torch.Tensor, low: torch.Tensor, high: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per query, how many of the scores [Q, n] are above ``high`` [Q]; and the pairs (query, column) in between.
+    """Per query, how many of the scores [n, Q] are above ``high`` [Q]; and the pairs (row, query) in between.
 
     ``flags`` is memory of the scores' shape and type: comparisons as floats are summed several times faster than
     as bools, and exactly, as tiles have fewer than 2^24 rows.
     """
-    sure = torch.gt(scores, high[:, None], out=flags).sum(dim=1)
-    possible = torch.ge(scores, low[:, None], out=flags).sum(dim=1)
+    sure = torch.gt(scores, high, out=flags).sum(dim=0)
+    possible = torch.ge(scores, low, out=flags).sum(dim=0)
     # Most queries have nothing near their target's score in most tiles.
     unsure = torch.nonzero(possible > sure).squeeze(1)
-    near = scores[unsure]
-    query, column = torch.nonzero((near >= low[unsure, None]) & (near <= high[unsure, None]), as_tuple=True)
-    return sure.to(torch.int64), unsure[query], column
+    near = scores.index_select(1, unsure)
+    row, query = torch.nonzero((near >= low[unsure]) & (near <= high[unsure]), as_tuple=True)
+    return sure.to(torch.int64), row, unsure[query]
+
+
+class _UnsurePairs:
+    """Pairs (query, item of this rank) that float32 does not decide, collected over tiles and decided in float64."""
+
+    def __init__(self, queries, targets, target_scores, table: ShardedItemTable, score: str, ties: str) -> None:
+        self._targets, self._own_start = targets, table.own.start
+        self._decide = (queries, target_scores, table.read, score, ties)
+        self._count = torch.zeros_like(targets)
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._pairs = 0
+
+    def add(self, query: torch.Tensor, item: torch.Tensor) -> None:
+        """Pairs of a tile; those of a query and its own target are left out."""
+        if not len(query):
+            return
+        self._waiting.append((query, item))
+        self._pairs += len(query)
+        if self._pairs >= _PAIRS:
+            self._flush()
+
+    def count(self) -> torch.Tensor:
+        """How many of the pairs so far are above the target; int64 [Q]."""
+        self._flush()
+        return self._count
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        query, item = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        other = self._targets[query] != item
+        query, item = query[other], item[other]
+        queries, target_scores, read, score, ties = self._decide
+        above = _pairs_above(queries, target_scores, query, item - self._own_start, read, score, ties)
+        self._count += torch.bincount(query[above], minlength=len(self._count))
+        self._waiting, self._pairs = [], 0
 
 
 def count_seen_above(
@@ -126,13 +158,14 @@ def _pairs_above(queries, target_scores, query, column, read, score, ties) -> to
     return above
 
 
-def relative_error(dim: int) -> float:
+def relative_error(dim: int, score: str) -> float:
     """Bound of |float32 score - exact score| / (|query| |row|) for a product of ``dim`` terms in any order.
 
     gamma_D = D u / (1 - D u) with u = 2^-24 (Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1),
-    and as much again, with some to spare, for the normalisation of the row.
+    with some to spare for the rounding of the norms, and as much again where rows are normalised first.
     """
-    return (2 * dim + 16) * 2.0**-24
+    terms = dim + 8 if score == "dot" else 2 * dim + 16
+    return terms * 2.0**-24
 
 
 def _round_up(values: torch.Tensor) -> torch.Tensor:

@@ -65,7 +65,7 @@ def _local_top_k(queries, k, table, score, tile_rows, exclude_query, exclude_ite
         if kept >= len(table.own) or not len(queries):
             return ids, scores
         # Whatever was not kept scores at most this much.
-        bound = approximate[:, -1].double() + norms * (longest * relative_error(queries.shape[1]))
+        bound = approximate[:, -1].double() + norms * (longest * relative_error(queries.shape[1], score))
         if bool((bound < scores[:, -1]).all()):
             return ids, scores
         kept *= 4

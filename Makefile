@@ -6,10 +6,10 @@ RUN_DIR := runs/quickstart
 # Ranks share this machine's cores: with OpenMP threads of their own they would spin against each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help quickstart test lint bench clean
+.PHONY: help quickstart test test-slurm lint bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: .venv/.installed ## fetch MovieLens-100k, prepare it, train on 2 ranks, print the metrics beside the baselines
 	$(BIN)/python -m data_prep.fetch_ml100k --output data/raw/ml-100k
@@ -25,6 +25,15 @@ test: .venv/.installed .venv-mitmproxy/.installed ## run the tests, without root
 	@$(HAS_JAVA) || [ "$$(id -u)" != 0 ] || { apt-get update -q && apt-get install -y -q --no-install-recommends default-jre-headless; } \
 		|| echo 'no Java could be installed: the tests on Spark will be skipped'
 	$(BIN)/python -m pytest -m "not gpu and not slurm" $(ARGS)
+
+# The cluster's daemons start jobs as their owners, so only root can run them.
+SLURM_PACKAGES = slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge
+HAS_SLURM = command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v sbatch >/dev/null && command -v munged >/dev/null
+
+test-slurm: .venv/.installed ## run the tests on a SLURM cluster of four nodes on this machine (root on Debian; else skipped)
+	@{ $(HAS_SLURM); } || [ "$$(id -u)" != 0 ] || { apt-get update -q && apt-get install -y -q --no-install-recommends $(SLURM_PACKAGES); } \
+		|| echo 'no SLURM could be installed: its tests will be skipped'
+	$(BIN)/python -m pytest -m slurm $(ARGS)
 
 lint: .venv/.installed ## check format and style
 	$(BIN)/ruff format --check .

@@ -3,7 +3,11 @@
 import sys
 from pathlib import Path
 
-from gru4recf_dist.train import main
+from gru4recf_dist import stopping
 
 if __name__ == "__main__":
+    # First of all: torch takes seconds to load, and a signal that comes meanwhile must not be lost.
+    stopping.catch_signals()
+    from gru4recf_dist.train import main
+
     sys.exit(main(default_config=Path(__file__).parent / "configs" / "default.yaml"))

@@ -1,4 +1,4 @@
-"""The training program: `torchrun train.py [--check] [--config FILE] [key=value ...]`."""
+"""The training program: `torchrun train.py [--check | --finished] [--config FILE] [key=value ...]`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from gru4recf_dist import config as configuration
-from gru4recf_dist import recommender, trained_run, warm_start
+from gru4recf_dist import recommender, trained_run, typed_yaml, warm_start
 from gru4recf_dist.checkpoint_commits import newest_step
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import assignment, storage
@@ -16,11 +16,14 @@ from gru4recf_dist.data.shard_format import MANIFEST, file_url
 from gru4recf_dist.errors import UserError, exits_cleanly
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.parallel.deepspeed_settings import deepspeed_settings
-from gru4recf_dist.trainer import Trainer, check_run_folder
+from gru4recf_dist.parallel.ranks import from_first
+from gru4recf_dist.trainer import RESULT, Trainer, check_run_folder
 
 # sysexits.h's EX_TEMPFAIL: stopped by a signal, to be started again. torchrun would take it for a failure of this rank
-# and kill the others; there a run that can go on is told from a finished one by its result.json.
+# and kill the others; there `--finished` tells a run that can go on from a finished one.
 EXIT_STOPPED = 0 if "TORCHELASTIC_RUN_ID" in os.environ else 75
+# Of `--finished`. Not 1 or 2: a crash or a configuration error must not be taken for "go on".
+EXIT_UNFINISHED = 3
 
 
 @exits_cleanly
@@ -37,12 +40,39 @@ def main(argv: list[str] | None = None, default_config: Path | None = None) -> i
     if not storage.exists(storage.join(config.data, MANIFEST)):
         hint = "; `make quickstart` fetches and prepares one" if not arguments.config else ""
         raise UserError(f"data: no prepared data set at {config.data}{hint}")
-    if arguments.check:
-        print(check(config))
+    if arguments.finished and is_finished(config):
+        print(_finished_line(config))
         return 0
+    if arguments.check or arguments.finished:
+        print(check(config))
+        return EXIT_UNFINISHED if arguments.finished else 0
     with process_ranks.running(config.device, config.timeout_seconds) as ranks:
+        # Rank 0 decides: what a shared file system shows to different machines may differ for a while.
+        if from_first(ranks, lambda: is_finished(config)):
+            if ranks.is_first:
+                print(_finished_line(config))
+            return 0
         result = Trainer(config, ranks).train()
     return EXIT_STOPPED if result is None else 0
+
+
+def is_finished(config: Config) -> bool:
+    """Whether the run folder holds the whole result of this very configuration, so that there is nothing left to do."""
+    result, settings = (storage.join(config.run_dir, name) for name in (RESULT, "config.yaml"))
+    if not (storage.exists(result) and storage.exists(settings)):
+        return False
+    measured = storage.read_json(result)
+    if config.evaluation.baselines and "test" in measured and "baselines" not in measured:
+        return False
+    try:
+        return typed_yaml.load(Config, settings, []) == config
+    except UserError:
+        # Of another version of this program.
+        return False
+
+
+def _finished_line(config: Config) -> str:
+    return f"finished: {config.run_dir} holds the result of this run, nothing to do"
 
 
 def check(config: Config) -> str:
@@ -88,6 +118,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
     parser.add_argument("--config", help="a recipe, such as configs/beauty.yaml (path or URL)")
     parser.add_argument("--check", action="store_true", help="validate everything, start nothing; exit 0 or 2")
+    parser.add_argument(
+        "--finished",
+        action="store_true",
+        help="start nothing, tell by the exit status: 0 the run has finished, "
+        f"{EXIT_UNFINISHED} something is left to do and all is valid, 2 something is not",
+    )
     process_ranks.add_launcher_argument(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
     return parser.parse_intermixed_args(argv)

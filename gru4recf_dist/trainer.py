@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 
-from gru4recf_dist import recommender, trained_run, typed_yaml, warm_start
+from gru4recf_dist import recommender, stopping, trained_run, typed_yaml, warm_start
 from gru4recf_dist.checkpoint import Checkpoints, weight_settings
 from gru4recf_dist.checkpoint_saving import CheckpointSaver, check_finite
 from gru4recf_dist.config import Config
@@ -27,6 +26,8 @@ from gru4recf_dist.parallel.ranks import Ranks, from_first
 from gru4recf_dist.schedule import factor
 from gru4recf_dist.table.negatives import NegativeSampler, read_popularity
 from gru4recf_dist.training_step import MicroBatch, StepResult, TrainingStep
+
+RESULT = "result.json"
 
 
 @dataclass
@@ -92,7 +93,6 @@ class Trainer:
         self.step = TrainingStep(config, self.model, self.engine, objective, ranks)
         self.evaluator = Evaluator(config, self.manifest, self.popularity, ranks)
         self.progress, self._window = Progress(), _Window()
-        self._stop_requested = False
         self._resume(newest)
         self.total_steps = total_steps(config, self.loader, self.progress.step)
 
@@ -106,12 +106,14 @@ class Trainer:
         """
         config, progress = self.config, self.progress
         if self.ranks.is_first:
+            # Beside a new config.yaml, the result of the old one would make the run look finished.
+            storage.remove_tree(storage.join(config.run_dir, RESULT))
             storage.write_bytes(storage.join(config.run_dir, "config.yaml"), typed_yaml.dump(config).encode())
         self.monitor = Monitor(config.monitoring, config.run_dir, self.ranks.is_first, progress.step, self.total_steps)
         self.saver = CheckpointSaver(self.checkpoints, config.checkpoint, self.ranks, self.monitor)
         if progress.step == 0 and config.init_from is not None:
             self.monitor.say(f"starting from the weights of {config.init_from}")
-        self._catch_signals()
+        stopping.catch_signals()
         # However training ends, what is being written is written first.
         with closing(self.saver):
             if not self._train_steps():
@@ -161,7 +163,7 @@ class Trainer:
         profile = counted_operations(self.engine.module, self.ranks.device) if is_profiled else nullcontext()
         with profile as counts:
             before = traffic.TOTAL.copy()
-            done = self.step(batches, progress.step, scale, self._stop_requested)
+            done = self.step(batches, progress.step, scale, stopping.requested())
             self._window.traffic += traffic.TOTAL - before
         if counts:
             self.monitor.scalars(progress.step, {f"profile/encoder_{name}": value for name, value in counts.items()})
@@ -307,7 +309,7 @@ class Trainer:
             world_size=self.ranks.world,
         )
         if self.ranks.is_first:
-            storage.write_json(storage.join(config.run_dir, "result.json"), result)
+            storage.write_json(storage.join(config.run_dir, RESULT), result)
             if config.evaluation.baselines and self.manifest.splits["test"].sessions:
                 # One process counts these; should the others give up waiting on a large log, the result is there.
                 result["baselines"] = evaluate_baselines(
@@ -319,7 +321,7 @@ class Trainer:
                     config.evaluation.ks,
                     config.loader.on_bad_shard,
                 )
-                storage.write_json(storage.join(config.run_dir, "result.json"), result)
+                storage.write_json(storage.join(config.run_dir, RESULT), result)
         lost_targets = {split: result[split]["sessions_lost"] for split in measured if result[split]["sessions_lost"]}
         if progress.sessions_lost or lost_targets:
             counts = {"train": progress.sessions_lost, **lost_targets}
@@ -330,15 +332,6 @@ class Trainer:
         named = {f"result/{split}/{key}": value for split in measured for key, value in result[split].items()}
         self.monitor.finish(config, named)
         return result
-
-    def _catch_signals(self) -> None:
-        """SIGTERM and SIGUSR1 ask for a stop; the ranks agree on the step in `TrainingStep`."""
-
-        def request(number, frame) -> None:
-            self._stop_requested = True
-
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, request)
 
 
 def total_steps(config: Config, loader: SessionLoader, step: int) -> int:

@@ -3,33 +3,23 @@
 #
 #   NNODES=2 RDZV_ENDPOINT=host0:29500 launch/torchrun_node.sh --config configs/x.yaml key=value
 #
-# NNODES          number of nodes (1)
+# NNODES          number of nodes (1), or the least and the most, MIN:MAX: ranks start anew as nodes go and come
 # RDZV_ENDPOINT   HOST:PORT where the nodes meet, HOST being one of them; may be left out with one node
 # RDZV_ID         name of the meeting (gru4recf); differs between runs that share an endpoint
+# RDZV_CONF       further settings of the meeting, such as last_call_timeout=5,keep_alive_interval=1
 # NODE_RANK       fixes this node's place in the order of the ranks, 0 being RDZV_ENDPOINT's host (any order)
 # NPROC_PER_NODE  ranks on this node (its number of GPUs, or 1)
 # MAX_RESTARTS    how often torchrun may start all ranks anew after one has died (0)
 # VENV            virtual environment (.venv); empty: the python on PATH
 # CHECK           no: skip the check of the configuration; only: do nothing else
+# MODULE          run this module instead of train.py, without a check, such as gru4recf_dist.evaluate
 #
-# The arguments are train.py's; paths in them are relative to the folder of train.py. Exits 2 on a configuration error.
+# The arguments are the program's; paths in them are relative to the folder of train.py. Exits 2 on a configuration error.
+# SIGTERM or SIGUSR1 to this script stops training at a checkpoint, on all nodes, with status 0; a second one at once.
 set -euo pipefail
-# torchrun would die of SIGUSR1 and leave its workers behind. Ignored here, it stays ignored in torchrun, and reaches
-# only the workers, which install a handler of their own (checkpoint, then exit).
-trap '' USR1
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-fail() {
-  echo "error: $1" >&2
-  exit 2
-}
-
-venv=${VENV-.venv}
-if [[ -n $venv ]]; then
-  [[ -x $venv/bin/torchrun ]] || fail "VENV: $venv is not a virtual environment with torchrun in it (empty: use PATH)"
-  venv=$(cd "$venv" && pwd)
-  export PATH=$venv/bin:$PATH
-fi
+# shellcheck source=launch/environment.sh
+. launch/environment.sh
 
 nnodes=${NNODES:-1}
 if [[ -z ${RDZV_ENDPOINT:-} ]]; then
@@ -38,9 +28,17 @@ if [[ -z ${RDZV_ENDPOINT:-} ]]; then
 fi
 [[ $RDZV_ENDPOINT == ?*:?* ]] || fail "RDZV_ENDPOINT: must be HOST:PORT (got '$RDZV_ENDPOINT')"
 
-# Under torchrun a worker's exit status is lost and its one line of error is followed by pages, hence a check before.
-if [[ ${CHECK:-} != no ]]; then
-  python train.py --check "$@"
+if [[ -n ${MODULE:-} ]]; then
+  program=(-m "$MODULE")
+  stoppable=()
+else
+  program=(train.py)
+  # torchrun itself would kill the ranks 30 s after SIGTERM, and die of SIGUSR1 while they run on.
+  stoppable=(python launch/stoppable.py)
+  # Under torchrun a worker's exit status is lost and its one line of error is followed by pages, hence a check before.
+  if [[ ${CHECK:-} != no ]]; then
+    python train.py --check "$@"
+  fi
 fi
 if [[ ${CHECK:-} == only ]]; then
   exit
@@ -52,10 +50,13 @@ if [[ -n ${NODE_RANK:-} ]]; then
   # The c10d rendezvous orders nodes as it likes; only the static one takes a rank.
   rendezvous=(--rdzv-backend=static --node-rank="$NODE_RANK")
 fi
+if [[ -n ${RDZV_CONF:-} ]]; then
+  rendezvous+=(--rdzv-conf="$RDZV_CONF")
+fi
 
 # Ranks of one node share its cores; more than one thread each must be asked for.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # With a shared store, ranks that torchrun starts anew find the addresses of the dead ones in it, and hang.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
-exec torchrun --nnodes="$nnodes" --nproc-per-node="$nproc" --max-restarts="${MAX_RESTARTS:-0}" \
-  "${rendezvous[@]}" --rdzv-endpoint="$RDZV_ENDPOINT" --rdzv-id="${RDZV_ID:-gru4recf}" train.py "$@"
+exec "${stoppable[@]}" torchrun --nnodes="$nnodes" --nproc-per-node="$nproc" --max-restarts="${MAX_RESTARTS:-0}" \
+  "${rendezvous[@]}" --rdzv-endpoint="$RDZV_ENDPOINT" --rdzv-id="${RDZV_ID:-gru4recf}" "${program[@]}" "$@"

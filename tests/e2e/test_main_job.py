@@ -165,12 +165,31 @@ def test_recommendations_are_tokens_and_do_not_depend_on_the_ranks(run, tmp_path
     assert lines[0]["scores"] == sorted(lines[0]["scores"], reverse=True)
 
 
-def test_a_finished_run_is_resumed_without_training_again(run, shop):
-    before = json.loads((run / "result.json").read_text())
-    finished = program("train.py", f"data={shop}/data", f"run_dir={run}", *SIZES)
-    assert finished.returncode == 0, finished.stderr
-    after = json.loads((run / "result.json").read_text())
+def test_a_finished_run_is_left_alone(run, shop):
+    before = (run / "result.json").stat().st_mtime_ns
+    for extra in ([], ["--finished"]):
+        finished = program("train.py", f"data={shop}/data", f"run_dir={run}", *SIZES, *extra)
+        assert finished.returncode == 0, finished.stderr
+        assert finished.stdout == f"finished: {run} holds the result of this run, nothing to do\n"
+    assert (run / "result.json").stat().st_mtime_ns == before
+
+
+def test_a_finished_run_is_evaluated_anew_with_other_settings_and_not_trained_again(run, shop, tmp_path):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    # The folder's config.yaml names the original: another run, as far as anybody can tell.
+    arguments = (f"data={shop}/data", f"run_dir={folder}", *SIZES)
+    assert program("train.py", "--finished", *arguments).returncode == 3
+    finished = program("train.py", *arguments)
+    assert finished.returncode == 0 and "finished:" not in finished.stdout, finished.stderr
+    before, after = (json.loads((each / "result.json").read_text()) for each in (run, folder))
     assert after["steps"] == before["steps"] and after["test"] == before["test"]
+    assert program("train.py", "--finished", *arguments).returncode == 0
+    # Without the baselines, which are counted last, the result is not whole.
+    (folder / "result.json").write_text(json.dumps({**after, "baselines": None}).replace('"baselines"', '"other"'))
+    assert program("train.py", "--finished", *arguments).returncode == 3
 
 
 @pytest.mark.parametrize(

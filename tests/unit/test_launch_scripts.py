@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ["launch/torchrun_node.sh", "launch/train.sbatch", ".ci/run"]
+SCRIPTS = ["launch/torchrun_node.sh", "launch/train.sbatch", "launch/evaluate.sbatch", ".ci/run"]
 
 # Writes one line of JSON per call: the program's name, its arguments, and the variables that matter.
 RECORDER = f"""#!{sys.executable}
@@ -27,11 +27,28 @@ with open(os.environ["CALLS"], "a") as calls:
 """
 STUBS = {
     "torchrun": RECORDER + 'sys.exit(int(os.environ.get("TORCHRUN_STATUS", "0")))\n',
-    "python": RECORDER + 'sys.exit(int(os.environ.get("CHECK_STATUS", "0")))\n',
+    # The run is unfinished before torchrun, and then what FINISHED says.
+    "python": f"""#!{sys.executable}
+import os, sys
+if sys.argv[1] == "launch/stoppable.py":
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+has_run = os.path.exists(os.environ["CALLS"]) and '"torchrun"' in open(os.environ["CALLS"]).read()
+"""
+    + RECORDER
+    + """
+finished = os.environ.get("FINISHED", "0") if has_run else "3"
+sys.exit(int(os.environ.get("CHECK_STATUS") or (finished if "--finished" in sys.argv else "0")))
+""",
     # The two nodes of the job are this machine, one after the other.
-    "srun": RECORDER + "import subprocess\ncommand = sys.argv[sys.argv.index('bash'):]\n"
+    "srun": RECORDER + "import subprocess\ncommand = sys.argv[sys.argv.index('launch/torchrun_node.sh'):]\n"
     "sys.exit(max(subprocess.run(command).returncode for node in range(2)))\n",
-    "scontrol": RECORDER + 'if sys.argv[1] == "show":\n    print("n1", "n2", sep="\\n")\n',
+    "scontrol": RECORDER
+    + """
+if sys.argv[1:3] == ["show", "hostnames"]:
+    print("n1", "n2", sep="\\n")
+if sys.argv[1:3] == ["show", "job"]:
+    print(f"JobId=4321 JobName=x JobState={os.environ.get('STATE', 'RUNNING')} Reason=None")
+""",
 }
 
 
@@ -62,7 +79,7 @@ class Checkout:
         variables = {**self.environment, **environment}
         return subprocess.run(command, cwd=self.folder, env=variables, capture_output=True, text=True, timeout=60)
 
-    def sbatch(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    def sbatch(self, *arguments: str, script: str = "train.sbatch", **environment: str) -> subprocess.CompletedProcess:
         """Run the job as SLURM would on two nodes."""
         slurm = {
             "SLURM_JOB_ID": "4321",
@@ -70,7 +87,7 @@ class Checkout:
             "SLURM_JOB_NUM_NODES": "2",
             "SLURM_SUBMIT_DIR": str(self.folder),
         }
-        return self.run("train.sbatch", *arguments, **slurm, **environment)
+        return self.run(script, *arguments, **slurm, **environment)
 
     def calls(self, name: str) -> list[list[str]]:
         """The arguments of every call of a program, in order."""
@@ -125,7 +142,8 @@ def test_one_node_needs_no_endpoint(checkout):
 
 
 def test_ranks_default_to_the_number_of_gpus(checkout):
-    checkout.write_program("python", '#!/bin/sh\n[ "$1" != -c ] || echo 8\n')
+    counts = STUBS["python"].replace("import os, sys\n", "import os, sys\nif sys.argv[1] == '-c':\n    print(8)\n", 1)
+    checkout.write_program("python", counts)
     assert checkout.run("torchrun_node.sh", NPROC_PER_NODE="").returncode == 0
     assert "--nproc-per-node=8" in checkout.calls("torchrun")[0]
 
@@ -159,10 +177,72 @@ def test_exit_status_is_torchruns(checkout):
     assert checkout.run("torchrun_node.sh", TORCHRUN_STATUS="7").returncode == 7
 
 
-def test_torchrun_ignores_the_signal_for_the_ranks(checkout):
-    stub = STUBS["torchrun"].replace("sys.exit(", "os.kill(os.getpid(), signal.SIGUSR1)\nsys.exit(")
-    checkout.write_program("torchrun", stub.replace("import json", "import signal, json"))
-    assert checkout.run("torchrun_node.sh").returncode == 0
+def test_another_program_runs_without_a_check(checkout):
+    assert checkout.run("torchrun_node.sh", "--run-dir", "runs/x", MODULE="gru4recf_dist.evaluate").returncode == 0
+    assert checkout.calls("python") == []
+    (arguments,) = checkout.calls("torchrun")
+    assert arguments[-4:] == ["-m", "gru4recf_dist.evaluate", "--run-dir", "runs/x"]
+
+
+def test_the_number_of_nodes_may_change(checkout):
+    settings = {"NNODES": "1:4", "MAX_RESTARTS": "3", "RDZV_ENDPOINT": "n1:1", "RDZV_CONF": "last_call_timeout=5"}
+    checkout.run("torchrun_node.sh", **settings)
+    (arguments,) = checkout.calls("torchrun")
+    assert {"--nnodes=1:4", "--max-restarts=3", "--rdzv-conf=last_call_timeout=5"} <= set(arguments)
+
+
+# Torchrun, which dies of a signal that it does not ignore, with a rank that notes what it gets.
+TORCHRUN_WITH_A_RANK = f"""#!{sys.executable}
+import subprocess, sys
+rank = subprocess.Popen([sys.executable, "train.py"])
+sys.exit(rank.wait())
+"""
+RANK = """
+import os, signal, sys, time
+if "--check" in sys.argv:
+    sys.exit()
+seen = []
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: seen.append(number))
+open("started", "w").close()
+while not seen:
+    time.sleep(0.02)
+open(f"saved-{int(seen[0])}-{os.path.exists(os.environ['STOP_FILE'])}", "w").close()
+"""
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} does not appear"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_script_reaches_the_ranks_and_not_torchrun(checkout, number):
+    checkout.write_program("torchrun", TORCHRUN_WITH_A_RANK)
+    (checkout.folder / "train.py").write_text(RANK)
+    node = subprocess.Popen(["bash", "launch/torchrun_node.sh"], cwd=checkout.folder, env=checkout.environment)
+    wait_for(checkout.folder / "started")
+    node.send_signal(number)
+    assert node.wait(timeout=30) == 0
+    # Whoever starts too late for the signal finds the file.
+    assert (checkout.folder / f"saved-{int(number)}-True").exists()
+
+
+def test_a_second_signal_makes_torchrun_give_up(checkout):
+    patient = f"#!{sys.executable}\nimport time\nopen('started', 'w').close()\ntime.sleep(60)\n"
+    checkout.write_program("torchrun", patient)
+    script = checkout.folder / "launch" / "stoppable.py"
+    script.write_text(script.read_text().replace("COPIES_SECONDS = 10.0", "COPIES_SECONDS = 0.2"))
+    node = subprocess.Popen(
+        ["bash", "launch/torchrun_node.sh"], cwd=checkout.folder, env=checkout.environment, stderr=subprocess.DEVNULL
+    )
+    wait_for(checkout.folder / "started")
+    while node.poll() is None:
+        node.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    assert node.returncode != 0
 
 
 @pytest.mark.dist
@@ -220,10 +300,11 @@ def test_two_nodes_meet(checkout, node_rank):
 def test_job_runs_one_torchrun_a_node(checkout):
     finished = checkout.sbatch("--config", "configs/x.yaml", "seed=1", SLURM_CPUS_PER_TASK="6")
     assert finished.returncode == 0, finished.stderr
-    assert checkout.calls("python") == [["train.py", "--check", "--config", "configs/x.yaml", "seed=1"]]
+    asked = ["train.py", "--finished", "--config", "configs/x.yaml", "seed=1"]
+    assert checkout.calls("python") == [asked, asked]
     assert checkout.calls("scontrol") == [["show", "hostnames", "n[1-2]"]]
     (srun,) = checkout.calls("srun")
-    assert srun[: srun.index("bash")] == [
+    assert srun[: srun.index("launch/torchrun_node.sh")] == [
         *("--ntasks-per-node=1", "--cpus-per-task=6", "--cpu-bind=none", "--kill-on-bad-exit=1"),
         *("--open-mode=append", "--output=runs/slurm/%j-%N.log"),
     ]
@@ -246,41 +327,42 @@ def test_failure_of_a_node_is_the_jobs_and_is_not_requeued(checkout):
     assert ["requeue", "4321"] not in checkout.calls("scontrol")
 
 
-@pytest.mark.parametrize("status", ["0", "1"])
-def test_job_that_stopped_on_the_signal_queues_again(checkout, status):
-    # SIGUSR1 goes to every process of the step. torchrun would die of it if it were not ignored.
-    stub = STUBS["torchrun"].replace("sys.exit(", "os.kill(os.getpid(), 10); os.kill(os.getppid(), 10)\nsys.exit(")
-    checkout.write_program("torchrun", stub)
-    finished = checkout.sbatch(TORCHRUN_STATUS=status)
-    assert finished.returncode == int(status), finished.stderr
+def test_job_that_has_finished_is_not_started_again(checkout):
+    finished = checkout.sbatch("--config", "x.yaml", CHECK_STATUS="0")
+    assert finished.returncode == 0
+    assert checkout.calls("python") == [["train.py", "--finished", "--config", "x.yaml"]]
+    assert {called for called, _, _ in checkout.records()} == {"python"}
+
+
+def test_job_that_stopped_at_a_checkpoint_queues_again(checkout):
+    finished = checkout.sbatch(FINISHED="3")
+    assert finished.returncode == 0, finished.stderr
     assert checkout.calls("scontrol")[-1] == ["requeue", "4321"]
 
 
-def test_sigterm_waits_for_the_ranks(checkout):
-    """Preemption signals every process, and no shell may end before the ranks have saved."""
-    # A handler that does nothing: an ignored signal would stay ignored in the shells that are tested here.
-    survive = "import signal, time\nsignal.signal(signal.SIGTERM, lambda *_: None)\n"
-    checkout.write_program(
-        "srun", STUBS["srun"].replace("range(2)", "range(1)").replace("import sub", survive + "import sub")
-    )
-    checkout.write_program("torchrun", RECORDER + survive + "open('started', 'w')\ntime.sleep(1)\nopen('saved', 'w')\n")
-    slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1"}
-    job = subprocess.Popen(
-        ["bash", "launch/train.sbatch"],
-        cwd=checkout.folder,
-        env={**checkout.environment, **slurm},
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 30
-    while not (checkout.folder / "started").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(job.pid, signal.SIGTERM)
-    assert job.wait(timeout=30) == 0
-    assert (checkout.folder / "saved").exists()
+@pytest.mark.parametrize(
+    ("state", "requeued"), [("RUNNING", True), ("TIMEOUT", True), ("CANCELLED", False), ("PREEMPTED", False)]
+)
+def test_job_that_a_signal_ended_queues_again_unless_slurm_has_decided(checkout, state, requeued):
+    # As from SLURM: to every process, the batch script among them.
+    stub = "import os, signal, subprocess\nos.kill(os.getppid(), signal.SIGTERM)\n"
+    checkout.write_program("srun", STUBS["srun"].replace("import subprocess\n", stub))
+    finished = checkout.sbatch(TORCHRUN_STATUS="7", STATE=state)
+    assert finished.returncode == 7, finished.stderr
+    assert (["requeue", "4321"] in checkout.calls("scontrol")) == requeued
 
 
 def test_job_submitted_elsewhere_says_so(checkout):
-    (checkout.folder / "launch" / "torchrun_node.sh").unlink()
-    finished = checkout.sbatch()
-    assert finished.returncode == 2
-    assert "submit from the folder that holds train.py" in finished.stderr
+    for script in ("train.sbatch", "evaluate.sbatch"):
+        finished = checkout.run(script, SLURM_SUBMIT_DIR="/")
+        assert finished.returncode == 2
+        assert "submit from the folder that holds train.py" in finished.stderr
+
+
+def test_evaluation_shares_the_nodes_with_training(checkout):
+    assert checkout.sbatch("--run-dir", "runs/x", script="evaluate.sbatch").returncode == 0
+    assert checkout.calls("python") == []
+    first, second = checkout.calls("torchrun")
+    assert first == second
+    assert {"--nnodes=2", "--rdzv-endpoint=n1:24321", "--rdzv-id=4321-0"} <= set(first)
+    assert first[-4:] == ["-m", "gru4recf_dist.evaluate", "--run-dir", "runs/x"]

@@ -65,8 +65,10 @@ def test_a_benchmark_prints_its_table(tmp_path, arguments, rows):
             ["this project  uniform", "this project     zipf"],
         ),
         (
-            ["benchmarks.catalog", "--items", "300", "2000", "--ranks=1", "--steps=3", "--skip=1", "--rounds=1"]
-            + ["--events=3000", "--dense=300", "--dense-steps=2", "loss.negatives=8"],
+            [
+                *("benchmarks.catalog", "--items", "300", "2000", "--ranks=1", "--steps=3", "--skip=1", "--rounds=1"),
+                *("--events=3000", "--dense=300", "--dense-steps=2", "loss.negatives=8"),
+            ],
             ["sharded      1    300", "sharded      1  2,000", "dense        1    300"],
         ),
         (["benchmarks.full_sort", "--items=300", "--sessions", "30", "60", "--dim=4"], ["30 ", "60 "]),

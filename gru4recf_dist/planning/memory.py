@@ -42,7 +42,10 @@ def device_bytes(workload: Workload, counts: StepCounts) -> dict[str, float]:
 def node_bytes(workload: Workload, ranks_per_node: int) -> dict[str, float]:
     """Of a node, in host memory."""
     ranks = min(ranks_per_node, workload.world)
-    parts = {part: ranks * size for part, size in _table(workload).items()} if workload.host_table else {}
+    table = {part: ranks * size for part, size in _table(workload).items()}
+    parts = dict(table) if workload.host_table else {}
+    if workload.config.checkpoint.in_background:
+        parts["copy for checkpoints"] = table["table rows"] + table["row optimizer state"]
     # The ranks of a node share these: counts, and a running sum or two orders of half the width.
     arrays = 2 if workload.samples and workload.config.loss.sampler != "uniform" else 1
     parts["popularity and sampler"] = 8.0 * arrays * (workload.items + 1)

@@ -82,14 +82,13 @@ def _measure(config: Config) -> None:
     before, mapped = peak_bytes(), mapped_bytes()
     manifest = read_manifest(config.data)
     popularity = read_popularity(config.data, manifest, NodeArrays(ranks))
-    model = recommender.build(config, manifest, ranks)
+    model = recommender.build(config, manifest, ranks, training=False)
     evaluator = Evaluator(config, manifest, popularity, ranks)
     process_ranks.wait_for_all(ranks)
     started = time.perf_counter()
     targets = evaluator.evaluate(model, "test")["test"]["targets"]
     seconds = time.perf_counter() - started
-    table = model.table
-    share = sum(tensor.nbytes for tensor in (table.weight, *table.optimizer.state.values()))
+    share = model.table.weight.nbytes
     mapped = mapped_bytes() - mapped
     peak = torch.tensor([peak_bytes(), peak_bytes() - before - share - mapped, mapped])
     torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX, group=ranks.host)

@@ -173,6 +173,9 @@ class CheckpointConfig(Section):
 class MonitoringConfig(Section):
     log_every_steps: PositiveInt = 10
     profile_step: PositiveInt | None = Field(None, description="step at which the encoder's operations are counted")
+    replica_check_steps: PositiveInt | None = Field(
+        100, description="every so many steps the ranks compare their copies of the encoder; null: never"
+    )
     tensorboard: bool = True
     progress: bool = True
 

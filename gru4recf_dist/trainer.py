@@ -23,6 +23,7 @@ from gru4recf_dist.parallel import collectives, traffic
 from gru4recf_dist.parallel.engines import make_engine
 from gru4recf_dist.parallel.node_arrays import NodeArrays
 from gru4recf_dist.parallel.ranks import Ranks, from_first
+from gru4recf_dist.parallel.replicas import check_replicas
 from gru4recf_dist.schedule import factor
 from gru4recf_dist.table.negatives import NegativeSampler, read_popularity
 from gru4recf_dist.training_step import MicroBatch, StepResult, TrainingStep
@@ -175,6 +176,9 @@ class Trainer:
         progress.trained_events += int(done.events)
         progress.sessions_lost += int(done.sessions_lost)
         progress.skipped_steps += not done.updated
+        check_steps = self.config.monitoring.replica_check_steps
+        if check_steps is not None and progress.step % check_steps == 0:
+            check_replicas(progress.step, self.engine.module, self.ranks)
         return done
 
     # -- logging, evaluation, checkpoints ----------------------------------------------------------------------------

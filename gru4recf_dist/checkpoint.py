@@ -134,6 +134,10 @@ class Checkpoints:
         """Step of the best checkpoint, None if there was no evaluation or it is gone."""
         return from_first(self.ranks, lambda: self._best)
 
+    def mark_best(self, step: int) -> None:
+        """The checkpoint of ``step``, which is there, turned out to be the best so far; the next commit says so."""
+        self._best = step
+
     def is_sound(self, step: int, instead: str) -> bool:
         """Whether the checkpoint of ``step`` is undamaged; if not, it is reported, and what is done ``instead``."""
         damage = self._damage(step)

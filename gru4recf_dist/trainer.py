@@ -40,6 +40,7 @@ class Progress:
         best, evaluations_since_best: early stopping's memory.
         sessions_lost: training sessions, each epoch anew, of damaged shards (`loader.on_bad_shard: skip`).
         skipped_steps: those whose fp16 gradients overflowed.
+        evaluation_owed: a signal stopped the run before the evaluation that was due after this step.
         trained_events, trained_seconds: over all ranks, for the throughput of the whole run.
     """
 
@@ -50,6 +51,7 @@ class Progress:
     sessions_lost: int = 0
     skipped_steps: int = 0
     trained_seconds: float = 0.0
+    evaluation_owed: bool = False
 
 
 @dataclass
@@ -124,6 +126,10 @@ class Trainer:
     def _train_steps(self) -> bool:
         """Train to the end; False if a signal stopped the run."""
         progress = self.progress
+        if progress.evaluation_owed:
+            progress.evaluation_owed = False
+            if self._evaluate():
+                self.checkpoints.mark_best(progress.step)
         finished = progress.step >= self.total_steps or self._out_of_patience()
         self._window = _Window()
         while not finished:
@@ -138,17 +144,21 @@ class Trainer:
                     progress.trained_seconds += time.perf_counter() - before
                     finished = progress.step >= self.total_steps
                     evaluate = self._evaluation_is_due(epoch_ended=left == 0, last=finished)
-                    save = self._checkpoint_is_due(epoch_ended=left == 0) or finished or done.stop
+                    if done.stop and not finished:
+                        # Who stops a run waits for its checkpoint, and may not wait for an evaluation.
+                        progress.evaluation_owed = evaluate
+                        self._log(done, at_once=True)
+                        self._save(is_best=False)
+                        self.saver.finish()
+                        self.monitor.say(f"stopped by a signal after step {progress.step}; the run can be resumed")
+                        self.monitor.close()
+                        return False
+                    save = self._checkpoint_is_due(epoch_ended=left == 0) or finished
                     self._log(done, at_once=evaluate or save)
                     is_best = evaluate and self._evaluate()
                     finished = finished or self._out_of_patience()
                     if save or is_best or finished:
                         self._save(is_best)
-                    if done.stop and not finished:
-                        self.saver.finish()
-                        self.monitor.say(f"stopped by a signal after step {progress.step}; the run can be resumed")
-                        self.monitor.close()
-                        return False
                     if finished:
                         break
         self.saver.finish()

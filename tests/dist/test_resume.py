@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from gru4recf_dist.checkpoint_commits import complete_steps
+from gru4recf_dist.checkpoint_commits import complete_steps, read_commit
+from gru4recf_dist import stopping
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.errors import UserError
@@ -55,6 +56,15 @@ def train_until(ranks: Ranks, config: Config, last_step: int) -> None:
     trainer.update = update_or_die
     with pytest.raises(_Killed):
         trainer.train()
+
+
+def train_until_signal(ranks: Ranks, config: Config, step: int) -> tuple[object, int]:
+    """Train, and be asked to stop during ``step``; the result, and the number of evaluations that were made."""
+    trainer = Trainer(config, ranks)
+    evaluate, evaluations = trainer.evaluator.evaluate, []
+    trainer.evaluator.evaluate = lambda *given: evaluations.append(given) or evaluate(*given)
+    stopping.requested = lambda: ranks.rank == 0 and trainer.progress.step == step
+    return trainer.train(), len(evaluations)
 
 
 def resume(ranks: Ranks, config: Config) -> tuple[int, dict[str, torch.Tensor]]:
@@ -192,3 +202,32 @@ def test_data_and_run_folder_may_be_urls(tmp_path):
     ((steps, equal),) = run_ranks(1, _train_and_resume_on_memory, tmp_path, tmp_path.name)
     assert steps == list(range(1, 14))
     assert equal
+
+
+def test_an_evaluation_that_a_signal_kept_from_being_made_is_made_up_for(tmp_path, data):
+    # The first evaluation is the best of those before the end: it must still be marked so.
+    settings = (*OPTIONS, "max_steps=12", "evaluation.every_steps=4", "checkpoint.every_steps=100")
+    unbroken = run_ranks(2, train, tmp_path, small_config(data, tmp_path / "unbroken", *settings))
+    config = small_config(data, tmp_path / "run", *settings)
+    for stopped_at, evaluations in ((4, 0), (8, 1)):
+        assert run_ranks(2, train_until_signal, tmp_path, config, stopped_at) == [(None, evaluations)] * 2
+        assert complete_steps(str(tmp_path / "run/checkpoints"))[-1] == stopped_at
+    assert read_commit(str(tmp_path / "run/checkpoints"), 8)["best_step"] == 4
+    resumed = run_ranks(2, resume, tmp_path, config)
+    assert [first for first, _ in resumed] == [8, 8]
+    for name, tensor in whole(unbroken).items():
+        assert torch.equal(whole([state for _, state in resumed])[name], tensor), name
+
+    def evaluated(run: str) -> list[dict]:
+        lines = map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines())
+        return [
+            {name: value for name, value in line.items() if name == "step" or name.startswith("eval/valid")}
+            for line in lines
+            if "eval/valid/ndcg@10" in line
+        ]
+
+    assert [line["step"] for line in evaluated("run")] == [4, 8, 12]
+    assert evaluated("run") == evaluated("unbroken")
+    results = [json.loads((tmp_path / run / "result.json").read_text()) for run in ("run", "unbroken")]
+    assert results[0]["best_step"] == results[1]["best_step"]
+    assert results[0]["test"] == results[1]["test"]

@@ -10,7 +10,7 @@ import pytest
 
 from tests.s3.epoch import read_epoch
 from tests.support.s3 import BUCKET, S3, running_fault_proxy
-from tests.support.s3_runs import SHORT, program, write_raw_events, write_recipe
+from tests.support.s3_runs import SHORT, program, together, write_raw_events, write_recipe
 from tests.support.synthetic import random_sessions, write_dataset
 
 pytestmark = pytest.mark.s3
@@ -55,16 +55,18 @@ def test_credentials_on_the_command_line_serve_every_program_and_are_written_now
     write_recipe(tmp_path / "recipe.yaml", f"{base}/raw", f"{base}/data")
     run = ("--run", f"{base}/run")
     said = b""
-    for arguments in (
-        ("-m", "data_prep", "--config", tmp_path / "recipe.yaml"),
+    for commands in (
+        [("-m", "data_prep", "--config", tmp_path / "recipe.yaml")],
         # The workers of the loader are other processes: they must find the options too.
-        ("train.py", f"data={base}/data", f"run_dir={base}/run", *SHORT, "max_epochs=1", "loader.workers=2"),
-        ("-m", "gru4recf_dist.evaluate", *run),
-        ("-m", "gru4recf_dist.recommend", *run, "--input", f"{base}/in.jsonl", "--output", f"{base}/out.jsonl"),
+        [("train.py", f"data={base}/data", f"run_dir={base}/run", *SHORT, "max_epochs=1", "loader.workers=2")],
+        [
+            ("-m", "gru4recf_dist.evaluate", *run),
+            ("-m", "gru4recf_dist.recommend", *run, "--input", f"{base}/in.jsonl", "--output", f"{base}/out.jsonl"),
+        ],
     ):
-        done = program(*arguments, *_options(s3), environment=NOTHING)
-        assert done.returncode == 0, done.stderr
-        said += (done.stdout + done.stderr).encode()
+        for done in together(((*command, *_options(s3)), NOTHING) for command in commands):
+            assert done.returncode == 0, done.stderr
+            said += (done.stdout + done.stderr).encode()
     files = s3.files()
     places = {"output": said} | {name: files.cat_file(name) for name in files.find(f"{BUCKET}/options")}
     assert f"{BUCKET}/options/out.jsonl" in places and f"{BUCKET}/options/run/config.yaml" in places

@@ -6,7 +6,7 @@ RUN_DIR := runs/quickstart
 # Ranks share this machine's cores: with OpenMP threads of their own they would spin against each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help quickstart test test-slurm lint bench clean
+.PHONY: help quickstart test test-slurm chaos lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test-slurm: .venv/.installed ## run the tests on a SLURM cluster of four nodes o
 	@{ $(HAS_SLURM); } || [ "$$(id -u)" != 0 ] || { apt-get update -q && apt-get install -y -q --no-install-recommends $(SLURM_PACKAGES); } \
 		|| echo 'no SLURM could be installed: its tests will be skipped'
 	$(BIN)/python -m pytest -m slurm $(ARGS)
+
+chaos: .venv/.installed ## kill processes of a training run at random, 20 times (CHAOS_EVENTS), and compare its end bit by bit
+	CHAOS_EVENTS=$(or $(CHAOS_EVENTS),20) $(BIN)/python -m pytest -m chaos $(ARGS)
 
 lint: .venv/.installed ## check format and style
 	$(BIN)/ruff format --check .

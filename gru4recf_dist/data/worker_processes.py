@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Generator
 from multiprocessing import resource_tracker
 from typing import Any
@@ -23,7 +25,13 @@ def in_workers(dataset: IterableDataset, workers: int) -> Generator[Any]:
     # Preloaded, a worker starts in a tenth of a second; importing torch takes each of them seconds, every epoch.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([type(dataset).__module__])
-    loader = DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context=context)
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context=context,
+        worker_init_fn=_end_with_owner,
+    )
     others = set(multiprocessing.active_children())
     # torchrun and SLURM send stop signals to every process of the group. The trainer acts on them after its step,
     # for which its workers must live on: they inherit this mask (a handler would not survive forkserver's exec).
@@ -49,3 +57,17 @@ def in_workers(dataset: IterableDataset, workers: int) -> Generator[Any]:
     finally:
         atexit.unregister(end)
         end()
+
+
+def _end_with_owner(worker: int) -> None:
+    """In a worker: end as soon as the process that reads from it is gone, even by SIGKILL.
+
+    A worker of torch's looks whether its parent lives. With forkserver that is the server, which lives for as long as
+    there are workers: both would stay for ever.
+    """
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end with owner", daemon=True).start()

@@ -120,6 +120,8 @@ def committed_state(folder: Path) -> dict:
     checkpoints = str(folder / "checkpoints")
     state = read_commit(checkpoints, newest_step(checkpoints))["state"]
     del state["progress"]["trained_seconds"]
+    # Without fp16 there is none, and it counts the steps of one start.
+    del state["loss_scale"]
     return state
 
 
@@ -157,8 +159,8 @@ def test_whatever_is_killed_the_run_ends_as_if_nothing_had_been(run, data, undis
     assert result == expected
     state = committed_state(tmp_path / "run")
     assert state == committed_state(undisturbed)
-    # Each event of a session but its last is an input, of each session once an epoch.
-    assert state["progress"]["trained_events"] == EPOCHS * sum(len(session) - 1 for session in SESSIONS)
+    # No session is longer than what the RNNs see at once: each event counts once an epoch.
+    assert state["progress"]["trained_events"] == EPOCHS * sum(map(len, SESSIONS))
     steps = logged_steps(tmp_path / "run")
     assert steps == logged_steps(undisturbed)
     assert [*steps] == [*range(1, EPOCHS * STEPS_PER_EPOCH + 1)]

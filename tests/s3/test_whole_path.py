@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,12 @@ def places(s3, tmp_path_factory) -> tuple[Path, Path]:
     (local / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in SESSIONS))
     files = s3.files()
     files.put(f"{local}/", f"{BUCKET}/whole/", recursive=True)
-    _whole_path(str(local), folder / "local.yaml", folder, {})
-    _whole_path(f"s3://{BUCKET}/whole", folder / "s3.yaml", folder, s3.environment)
+    runs = [
+        (str(local), folder / "local.yaml", tmp_path_factory.mktemp("local"), {}),
+        (f"s3://{BUCKET}/whole", folder / "s3.yaml", tmp_path_factory.mktemp("remote"), s3.environment),
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda run: _whole_path(*run), runs))
     files.get(f"{BUCKET}/whole/", f"{remote}/", recursive=True)
     return local, remote
 

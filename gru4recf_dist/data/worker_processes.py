@@ -13,6 +13,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from gru4recf_dist.errors import UserError
+
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
 
 
@@ -20,6 +22,9 @@ def in_workers(dataset: IterableDataset, workers: int) -> Generator[Any]:
     """What ``dataset`` yields in each of ``workers`` processes, asking them in turn.
 
     The processes end when the generator is closed or the program ends.
+
+    Raises:
+        UserError: one of them was killed. What one of them raises itself comes as it is, with its traceback.
     """
     # forkserver: a fork of a process that runs gloo, NCCL or fsspec threads may hang.
     # Preloaded, a worker starts in a tenth of a second; importing torch takes each of them seconds, every epoch.
@@ -54,6 +59,13 @@ def in_workers(dataset: IterableDataset, workers: int) -> Generator[Any]:
     atexit.register(end)
     try:
         yield from loaded
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"loader.workers: {reason}; something has killed it, the system when memory is short"
+        ) from error
     finally:
         atexit.unregister(end)
         end()

@@ -226,6 +226,18 @@ def test_program_ends_though_its_workers_are_not_through(on_disk):
     subprocess.run([sys.executable, "-c", program, on_disk.data], check=True, timeout=60, cwd=Path(__file__).parents[2])
 
 
+def test_a_worker_process_that_is_killed_is_one_line(on_disk):
+    others = set(multiprocessing.active_children())
+    iterator = iter(_loader(on_disk, workers=1, batch_size=8))
+    next(iterator)
+    (worker,) = set(multiprocessing.active_children()) - others
+    worker.kill()
+    with pytest.raises(UserError) as caught:
+        list(iterator)
+    assert str(caught.value).startswith(f"loader.workers: DataLoader worker (pid(s) {worker.pid})")
+    assert "\n" not in str(caught.value)
+
+
 def test_damaged_shard_in_a_worker_process_is_one_line_too(tmp_path):
     dataset = _write(str(tmp_path), 16)
     shard = dataset.manifest.splits["train"].shards[3].url

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from benchmarks import synthetic_events
-from benchmarks.measuring import launch, mapped_bytes, peak_bytes, print_table
+from benchmarks.measuring import MemoryGrowth, launch, print_table
 from gru4recf_dist import config as configuration
 from gru4recf_dist.config import Config
 from gru4recf_dist.data.batches import pack_micro_batches
@@ -92,7 +92,7 @@ def _run(arguments: argparse.Namespace, folder: str, ranks: int, items: int, den
 def _measure(config: Config, steps: int, skip: int) -> None:
     """One rank: the median of ``steps`` steps after ``skip``, and its memory."""
     ranks = process_ranks.start(config.device, config.timeout_seconds)
-    before, mapped = peak_bytes(), mapped_bytes()
+    memory = MemoryGrowth()
     trainer = Trainer(config, ranks)
     seconds: list[float] = []
     while len(seconds) < skip + steps:
@@ -104,18 +104,16 @@ def _measure(config: Config, steps: int, skip: int) -> None:
                 seconds.append(time.perf_counter() - started)
     table = trainer.table
     share = sum(tensor.nbytes for tensor in (table.weight, *table.optimizer.state.values()))
-    mapped = mapped_bytes() - mapped
-    peak = torch.tensor([peak_bytes(), peak_bytes() - before - share - mapped, mapped])
-    torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX, group=ranks.host)
+    held = memory.of_largest_rank(share, ranks)
     if ranks.is_first:
-        _report(seconds[skip:], *peak.tolist())
+        _report(seconds[skip:], held)
     process_ranks.wait_for_all(ranks)
     process_ranks.stop()
 
 
 def _measure_dense(config: Config, steps: int, skip: int) -> None:
     """The usual training on one process: every row is scored, has a gradient, and is updated by Adam."""
-    before = peak_bytes()
+    memory = MemoryGrowth()
     manifest = read_manifest(config.data)
     embedding = nn.Embedding(manifest.items + 1, config.model.embedding_size, padding_idx=0)
     encoder = SessionEncoder(config.model, [])
@@ -135,13 +133,11 @@ def _measure_dense(config: Config, steps: int, skip: int) -> None:
         seconds.append(time.perf_counter() - started)
         if len(seconds) == skip + steps:
             break
-    _report(seconds[skip:], peak_bytes(), peak_bytes() - before - 3 * embedding.weight.nbytes)
+    _report(seconds[skip:], memory.of_this_process(3 * embedding.weight.nbytes))
 
 
-def _report(seconds: list[float], peak: int, above: int, mapped: int = 0) -> None:
-    print(
-        json.dumps({"seconds": statistics.median(seconds), "peak": peak, "above": above, "mapped": mapped}), flush=True
-    )
+def _report(seconds: list[float], held: dict[str, int]) -> None:
+    print(json.dumps({"seconds": statistics.median(seconds), **held}), flush=True)
 
 
 def _parse() -> argparse.Namespace:

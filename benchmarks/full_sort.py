@@ -16,10 +16,8 @@ import sys
 import tempfile
 import time
 
-import torch
-
 from benchmarks import synthetic_events
-from benchmarks.measuring import launch, mapped_bytes, peak_bytes, print_table
+from benchmarks.measuring import MemoryGrowth, launch, print_table
 from gru4recf_dist import config as configuration
 from gru4recf_dist import recommender
 from gru4recf_dist.config import Config
@@ -79,7 +77,7 @@ def main() -> None:
 def _measure(config: Config) -> None:
     """One rank: the time of an evaluation, and its memory."""
     ranks = process_ranks.start(config.device, config.timeout_seconds)
-    before, mapped = peak_bytes(), mapped_bytes()
+    memory = MemoryGrowth()
     manifest = read_manifest(config.data)
     popularity = read_popularity(config.data, manifest, NodeArrays(ranks))
     model = recommender.build(config, manifest, ranks, training=False)
@@ -88,13 +86,9 @@ def _measure(config: Config) -> None:
     started = time.perf_counter()
     targets = evaluator.evaluate(model, "test")["test"]["targets"]
     seconds = time.perf_counter() - started
-    share = model.table.weight.nbytes
-    mapped = mapped_bytes() - mapped
-    peak = torch.tensor([peak_bytes(), peak_bytes() - before - share - mapped, mapped])
-    torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX, group=ranks.host)
+    held = memory.of_largest_rank(model.table.weight.nbytes, ranks)
     if ranks.is_first:
-        found = dict(zip(("peak", "above", "mapped"), peak.tolist(), strict=True))
-        print(json.dumps({"seconds": seconds, "targets": targets, **found}), flush=True)
+        print(json.dumps({"seconds": seconds, "targets": targets, **held}), flush=True)
     process_ranks.wait_for_all(ranks)
     process_ranks.stop()
 

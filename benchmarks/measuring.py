@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-import resource
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from gru4recf_dist.config import LoaderConfig
 from gru4recf_dist.data.batches import pack_training
 from gru4recf_dist.data.streams import SessionLoader
+from gru4recf_dist.measurements import peak_process_bytes
+from gru4recf_dist.parallel import collectives
+from gru4recf_dist.parallel.ranks import Ranks
 
 # For runs of which only the steps are measured.
 ONLY_STEPS = (
@@ -58,12 +62,25 @@ def print_table(title: str, lines: Sequence[Sequence[str]]) -> None:
         print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
 
 
-def peak_bytes() -> int:
-    """The most that this process has held; Linux counts in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+class MemoryGrowth:
+    """What a process has come to hold since this was made."""
+
+    def __init__(self) -> None:
+        self._peak, self._mapped = peak_process_bytes(), _mapped_bytes()
+
+    def of_this_process(self, share: int) -> dict[str, int]:
+        """Bytes: ``peak``; ``mapped``, of files; ``above``, what of the growth is neither these nor ``share``."""
+        peak, mapped = peak_process_bytes(), _mapped_bytes() - self._mapped
+        return {"peak": peak, "above": peak - self._peak - share - mapped, "mapped": mapped}
+
+    def of_largest_rank(self, share: int, ranks: Ranks) -> dict[str, int]:
+        """`of_this_process`, each figure the largest of all ranks."""
+        found = self.of_this_process(share)
+        largest = collectives.max_over_ranks(torch.tensor(list(found.values())), ranks.host)
+        return dict(zip(found, largest.tolist(), strict=True))
 
 
-def mapped_bytes() -> int:
+def _mapped_bytes() -> int:
     """What this process has touched of files in memory: the system's cache, shared with all who map the same file."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("RssFile:", "RssShmem:"))) * 1024

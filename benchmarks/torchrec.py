@@ -27,6 +27,7 @@ from benchmarks import peers
 from benchmarks.measuring import interleaved, launch, print_table
 from gru4recf_dist.config import TableConfig
 from gru4recf_dist.errors import UserError, exits_cleanly
+from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.table.item_table import ShardedItemTable
@@ -154,11 +155,10 @@ def _compare(contenders: dict, prepared: dict, gradient: torch.Tensor, ranks: Ra
             side.step(prepared[name][number % BATCHES], gradient)
     ours = contenders[OURS].weight
     difference = max(float((side.weight - ours).abs().max()) for side in contenders.values())
-    worst = torch.tensor(difference)
-    torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MAX, group=ranks.host)
-    if float(worst) > TOLERANCE:
-        raise UserError(f"the contenders do not make the same updates: their rows differ by {float(worst):.2g}")
-    return float(worst)
+    worst = float(collectives.max_over_ranks(torch.tensor(difference), ranks.host))
+    if worst > TOLERANCE:
+        raise UserError(f"the contenders do not make the same updates: their rows differ by {worst:.2g}")
+    return worst
 
 
 def _turn(side: Any, batches: list, gradient: torch.Tensor, steps: int, ranks: Ranks) -> Callable[[], float]:

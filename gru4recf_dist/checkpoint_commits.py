@@ -91,17 +91,8 @@ def newest_step(folder: str) -> int | None:
     Raises:
         DamagedCheckpoint: there are complete checkpoints, but none of them has; the newest one's.
     """
-    damage: DamagedCheckpoint | None = None
-    for step in reversed(complete_steps(folder)):
-        try:
-            read_commit(folder, step)
-        except DamagedCheckpoint as error:
-            damage = damage or error
-        else:
-            return step
-    if damage is not None:
-        raise damage
-    return None
+    commit = _newest_commit(folder, complete_steps(folder))
+    return None if commit is None else commit["step"]
 
 
 def best_step(folder: str) -> int | None:
@@ -110,9 +101,22 @@ def best_step(folder: str) -> int | None:
     Raises:
         DamagedCheckpoint: as `newest_step`.
     """
-    newest = newest_step(folder)
-    best = None if newest is None else read_commit(folder, newest)["best_step"]
-    return best if best in complete_steps(folder) else None
+    steps = complete_steps(folder)
+    commit = _newest_commit(folder, steps)
+    return commit["best_step"] if commit is not None and commit["best_step"] in steps else None
+
+
+def _newest_commit(folder: str, steps: list[int]) -> dict[str, Any] | None:
+    """The last sound `commit.json` of ``steps``, which are ascending."""
+    damage: DamagedCheckpoint | None = None
+    for step in reversed(steps):
+        try:
+            return read_commit(folder, step)
+        except DamagedCheckpoint as error:
+            damage = damage or error
+    if damage is not None:
+        raise damage
+    return None
 
 
 def file_damage(url: str, content: FileContent) -> str | None:

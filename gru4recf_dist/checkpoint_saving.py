@@ -78,8 +78,8 @@ class CheckpointSaver:
         self._monitor.flush()
         write = _Write(step, best, time.perf_counter())
         # Through JSON: what it was made from changes with the next step.
-        commit = json.loads(json.dumps({"table_steps": table.optimizer.steps, "world_size": self._ranks.world}))
-        commit["state"] = json.loads(json.dumps(state))
+        commit = {"table_steps": table.optimizer.steps, "world_size": self._ranks.world, "state": state}
+        commit = json.loads(json.dumps(commit))
         self._last = write
         if self._thread is None:
             self._write(write, state_tensors(engine, table), commit, self._ranks)

@@ -20,12 +20,14 @@ GIB = 1 << 30
 
 def peak_memory_gib(ranks: Ranks) -> float:
     """The most that any rank has held so far: device memory that torch allocated, on the CPU of the whole process."""
-    if ranks.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(ranks.device)
-    else:
-        # Linux counts in KiB.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated(ranks.device) if ranks.device.type == "cuda" else peak_process_bytes()
     return float(collectives.max_over_ranks(torch.tensor(peak / GIB, dtype=torch.float64), ranks.host))
+
+
+def peak_process_bytes() -> int:
+    """The most host memory that this process has held so far."""
+    # Linux counts in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextlib.contextmanager

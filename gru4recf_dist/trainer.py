@@ -145,13 +145,7 @@ class Trainer:
                     finished = progress.step >= self.total_steps
                     evaluate = self._evaluation_is_due(epoch_ended=left == 0, last=finished)
                     if done.stop and not finished:
-                        # Who stops a run waits for its checkpoint, and may not wait for an evaluation.
-                        progress.evaluation_owed = evaluate
-                        self._log(done, at_once=True)
-                        self._save(is_best=False)
-                        self.saver.finish()
-                        self.monitor.say(f"stopped by a signal after step {progress.step}; the run can be resumed")
-                        self.monitor.close()
+                        self._stop(done, evaluation_owed=evaluate)
                         return False
                     save = self._checkpoint_is_due(epoch_ended=left == 0) or finished
                     self._log(done, at_once=evaluate or save)
@@ -163,6 +157,15 @@ class Trainer:
                         break
         self.saver.finish()
         return True
+
+    def _stop(self, done: StepResult, evaluation_owed: bool) -> None:
+        """End with a checkpoint. Who stops a run waits for that, and may not wait for an evaluation that is due."""
+        self.progress.evaluation_owed = evaluation_owed
+        self._log(done, at_once=True)
+        self._save(is_best=False)
+        self.saver.finish()
+        self.monitor.say(f"stopped by a signal after step {self.progress.step}; the run can be resumed")
+        self.monitor.close()
 
     def update(self, batches: list[MicroBatch]) -> StepResult:
         """The next update."""

@@ -15,10 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 
 from gru4recf_dist.errors import UserError
-from gru4recf_dist.parallel.ranks import Ranks, wait_for_all
+from gru4recf_dist.parallel.ranks import Ranks, from_each, wait_for_all
 
 # Makes arrays of the given lengths and types and lets a function fill them.
 Allocate = Callable[[Sequence[tuple[int, type]], Callable[..., None]], list[np.ndarray]]
@@ -38,7 +37,7 @@ class NodeArrays:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        nodes = self._gathered(_temporary_folder_identity())
+        nodes = from_each(ranks, _temporary_folder_identity)
         self._maker = nodes.index(nodes[ranks.rank])
 
     def __call__(self, sizes: Sequence[tuple[int, type]], fill: Callable[..., None]) -> list[np.ndarray]:
@@ -47,41 +46,26 @@ class NodeArrays:
         Raises:
             UserError: a node's temporary folder cannot hold them, or ``fill`` raised it on a node.
         """
-        made: str | UserError | None = None
-        bug: Exception | None = None
-        if self._ranks.rank == self._maker:
-            made = tempfile.mkdtemp(prefix="gru4recf-")
-            try:
+        made: str | None = None
+
+        def make() -> str | None:
+            nonlocal made
+            if self._ranks.rank == self._maker:
+                made = tempfile.mkdtemp(prefix="gru4recf-")
                 _write(made, sizes, fill)
-            except Exception as error:
-                shutil.rmtree(made, ignore_errors=True)
-                expected = isinstance(error, UserError)
-                bug = None if expected else error
-                made = error if expected else UserError(f"rank {self._ranks.rank} ended with {type(error).__name__}")
-        folders = self._gathered(made)
+            return made
+
         try:
-            if bug is not None:
-                raise bug
-            for answer in folders:
-                if isinstance(answer, UserError):
-                    raise answer
-            folder = folders[self._maker]
+            folder = from_each(self._ranks, make)[self._maker]
             arrays = [
                 np.memmap(_file(folder, place), dtype, "r", shape=(length,)).view(np.ndarray)
                 for place, (length, dtype) in enumerate(sizes)
             ]
             wait_for_all(self._ranks)
         finally:
-            if isinstance(made, str):
+            if made is not None:
                 shutil.rmtree(made, ignore_errors=True)
         return arrays
-
-    def _gathered(self, value) -> list:
-        if self._ranks.world == 1:
-            return [value]
-        answers = [None] * self._ranks.world
-        dist.all_gather_object(answers, value, group=self._ranks.host)
-        return answers
 
 
 def _temporary_folder_identity() -> tuple:

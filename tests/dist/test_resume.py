@@ -17,7 +17,7 @@ from gru4recf_dist.trainer import Trainer
 from tests.dist.test_world_size_equality import relative_error
 from tests.support.ranks import RankFailed, run_ranks
 from tests.support.synthetic import random_sessions, write_dataset
-from tests.support.training import final_state, small_config, train, whole
+from tests.support.training import final_state, logged_lines, small_config, train, whole
 
 pytestmark = pytest.mark.dist
 
@@ -219,10 +219,9 @@ def test_an_evaluation_that_a_signal_kept_from_being_made_is_made_up_for(tmp_pat
         assert torch.equal(whole([state for _, state in resumed])[name], tensor), name
 
     def evaluated(run: str) -> list[dict]:
-        lines = map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines())
         return [
             {name: value for name, value in line.items() if name == "step" or name.startswith("eval/valid")}
-            for line in lines
+            for line in logged_lines(tmp_path / run)
             if "eval/valid/ndcg@10" in line
         ]
 

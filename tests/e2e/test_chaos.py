@@ -23,7 +23,7 @@ from gru4recf_dist.trainer import Trainer
 from tests.support.chaos import ChaosRun
 from tests.support.ranks import run_ranks
 from tests.support.synthetic import random_sessions, write_dataset
-from tests.support.training import final_state, small_config, train
+from tests.support.training import final_state, logged_lines, small_config, train
 
 EVENTS = int(os.environ.get("CHAOS_EVENTS", "3"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
@@ -111,9 +111,8 @@ def states_of_last_checkpoints(ranks: Ranks, configs: list[Config]) -> list[dict
 
 def logged_steps(folder: Path) -> dict[int, tuple[float, ...]]:
     """By step, what its last line says about the course of training."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     names = ("train/loss", "train/gradient_norm", "table/gradient_norm", "train/epoch")
-    return {line["step"]: tuple(line[name] for name in names) for line in lines if "train/lr" in line}
+    return {line["step"]: tuple(line[name] for name in names) for line in logged_lines(folder) if "train/lr" in line}
 
 
 def committed_state(folder: Path) -> dict:

@@ -23,7 +23,7 @@ from tests.dist.test_world_size_equality import relative_error
 from tests.support.ranks import run_ranks
 from tests.support.s3 import free_ports
 from tests.support.synthetic import random_sessions, write_dataset
-from tests.support.training import final_state, small_config, train, whole
+from tests.support.training import final_state, logged_lines, small_config, train, whole
 
 pytestmark = [pytest.mark.e2e, pytest.mark.dist]
 ROOT = Path(__file__).parents[2]
@@ -107,9 +107,7 @@ class Nodes:
 
     def newest_step(self) -> int:
         """The last step that was logged."""
-        path = self.folder / "run" / "metrics.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        return max((json.loads(line)["step"] for line in lines), default=0)
+        return max((line["step"] for line in logged_lines(self.folder / "run")), default=0)
 
     def wait_for(self, what: Callable[[], bool], seconds: float = 90) -> None:
         deadline = time.monotonic() + seconds

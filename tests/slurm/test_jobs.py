@@ -19,7 +19,7 @@ from gru4recf_dist.trainer import Trainer
 from tests.support.ranks import run_ranks
 from tests.support.slurm import GPUS, Cluster, Job, running_cluster
 from tests.support.synthetic import random_sessions, write_dataset
-from tests.support.training import final_state, small_config, train, whole
+from tests.support.training import final_state, logged_lines, small_config, train, whole
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
@@ -63,9 +63,7 @@ class Run:
     @property
     def steps(self) -> list[int]:
         """The steps of all log lines about training, in their order."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        return [line["step"] for line in map(json.loads, lines) if "train/lr" in line]
+        return [line["step"] for line in logged_lines(self.folder) if "train/lr" in line]
 
     def is_under_way(self) -> bool:
         """Whether it has made steps and checkpoints, and has many steps before it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +39,12 @@ SMALL = [
 def small_config(data: Any, run_dir: Any, *overrides: str) -> Config:
     """The configuration of a short run on ``data``."""
     return configuration.load(None, [f"data={data}", f"run_dir={run_dir}", *SMALL, *overrides])
+
+
+def logged_lines(run_dir: Path) -> list[dict[str, Any]]:
+    """What a run, which may be going on, has logged so far; a line that is being written is left out."""
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def train(ranks: Ranks, config: Config) -> dict[str, torch.Tensor]:

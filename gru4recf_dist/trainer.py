@@ -24,7 +24,9 @@ from gru4recf_dist.parallel.engines import make_engine
 from gru4recf_dist.parallel.node_arrays import NodeArrays
 from gru4recf_dist.parallel.ranks import Ranks, from_first
 from gru4recf_dist.parallel.replicas import check_replicas
+from gru4recf_dist.run_description import describe
 from gru4recf_dist.schedule import factor
+from gru4recf_dist.shown_metrics import evaluation_scalars, final_names
 from gru4recf_dist.table.negatives import NegativeSampler, read_popularity
 from gru4recf_dist.training_step import MicroBatch, StepResult, TrainingStep
 
@@ -112,7 +114,15 @@ class Trainer:
             # Beside a new config.yaml, the result of the old one would make the run look finished.
             storage.remove_tree(storage.join(config.run_dir, RESULT))
             storage.write_bytes(storage.join(config.run_dir, "config.yaml"), typed_yaml.dump(config).encode())
-        self.monitor = Monitor(config.monitoring, config.run_dir, self.ranks.is_first, progress.step, self.total_steps)
+        self.monitor = Monitor(
+            config.monitoring,
+            config.run_dir,
+            describe(config, self.manifest, self.ranks.world),
+            self.ranks.is_first,
+            progress.step,
+            self.total_steps,
+            progress.evaluation_owed,
+        )
         self.saver = CheckpointSaver(self.checkpoints, config.checkpoint, self.ranks, self.monitor)
         if progress.step == 0 and config.init_from is not None:
             self.monitor.say(f"starting from the weights of {config.init_from}")
@@ -180,7 +190,9 @@ class Trainer:
             done = self.step(batches, progress.step, scale, stopping.requested())
             self._window.traffic += traffic.TOTAL - before
         if counts:
-            self.monitor.scalars(progress.step, {f"profile/encoder_{name}": value for name, value in counts.items()})
+            self.monitor.scalars(
+                progress.step, {f"perf/profile/encoder_{name}": value for name, value in counts.items()}
+            )
             gigaflops = counts["flops"] / 1e9 / max(counts["forward_seconds"], 1e-9)
             self.monitor.say(
                 f"step {progress.step}: the encoder's forward on rank 0: {counts['flops']:.4g} FLOP "
@@ -217,11 +229,12 @@ class Trainer:
             "perf/events_per_second": window.events / seconds,
             "perf/step_seconds": seconds / window.steps,
             "data/wait_share": window.wait_seconds / seconds,
-            "data/sessions_lost": self.progress.sessions_lost,
             "perf/peak_memory_gib": peak_memory_gib(self.ranks),
             **traffic.summary(collectives.gather_vector(window.traffic.vector(), self.ranks.host), window.steps),
-            **figures,
+            **{f"perf/{name}": value for name, value in figures.items()},
         }
+        if self.config.loader.on_bad_shard == "skip":
+            values["data/sessions_lost"] = self.progress.sessions_lost
         if self.config.precision == "fp16":
             values["train/loss_scale"] = self.step.loss_scale.value
             values["train/skipped_steps"] = self.progress.skipped_steps
@@ -253,8 +266,8 @@ class Trainer:
         started = time.perf_counter()
         self.engine.copy_weights_to(self.model.encoder)
         metrics = self.evaluator.evaluate(self.model, "valid")
-        values = {f"eval/{name}/{key}": value for name, part in metrics.items() for key, value in part.items()}
-        self.monitor.scalars(progress.step, {**values, "eval/seconds": time.perf_counter() - started})
+        values = {**evaluation_scalars(metrics), "eval/seconds": time.perf_counter() - started}
+        self.monitor.scalars(progress.step, values)
         name = self.config.early_stopping.metric
         value = metrics["valid"][name]
         is_best = progress.best is None or value > progress.best
@@ -346,8 +359,8 @@ class Trainer:
                 "damaged shards were skipped, sessions lost: "
                 + ", ".join(f"{count} ({split})" for split, count in counts.items())
             )
-        named = {f"result/{split}/{key}": value for split in measured for key, value in result[split].items()}
-        self.monitor.finish(config, named)
+        names = final_names(config, self.manifest)
+        self.monitor.finish(progress.step, {name: result[split][metric] for name, (split, metric) in names.items()})
         return result
 
 

@@ -75,16 +75,16 @@ def summary(ranks: np.ndarray, steps: int) -> dict[str, float]:
         ranks: float64 [W, P + 1], each rank's bytes by purpose and rows looked up, over ``steps`` steps.
 
     Returns:
-        `wire/PURPOSE_bytes` and `wire/bytes`, a step's sums over the ranks; `wire/imbalance` and
-        `table/lookup_imbalance`, the most loaded rank over the mean. Without `wire/` if nothing was sent.
+        `perf/wire/PURPOSE_bytes` and `perf/wire/bytes`, a step's sums over the ranks; `perf/wire/imbalance` and
+        `table/lookup_imbalance`, the most loaded rank over the mean. Without `perf/wire/` if nothing was sent.
     """
     sent, looked_up = ranks[:, :-1], ranks[:, -1]
     values = {"table/lookup_imbalance": imbalance(looked_up)}
     if sent.any():
         totals = zip(PURPOSES, sent.sum(axis=0), strict=True)
-        values |= {f"wire/{purpose}_bytes": float(total) / steps for purpose, total in totals if total}
-        values["wire/bytes"] = float(sent.sum()) / steps
-        values["wire/imbalance"] = imbalance(sent.sum(axis=1))
+        values |= {f"perf/wire/{purpose}_bytes": float(total) / steps for purpose, total in totals if total}
+        values["perf/wire/bytes"] = float(sent.sum()) / steps
+        values["perf/wire/imbalance"] = imbalance(sent.sum(axis=1))
     return values
 
 

@@ -79,7 +79,9 @@ def data_report(data: str, manifest: Manifest) -> str:
             "",
             *_table(["split", "sessions", "events", "targets", "targets never seen in training"], splits),
             "",
-            *(_table(["feature", "kind", "size", "most values of an item"], features) if features else ["No features"]),
+            "Features of the items:",
+            "",
+            *(_table(["feature", "kind", "size", "most values of an item"], features) if features else ["none"]),
             "",
             f"Read from `{data}`.",
         ]

@@ -118,11 +118,8 @@ def _described(description: RunDescription) -> Iterator[Summary]:
     yield _hparams(metadata.SESSION_START_INFO_TAG, session_start_info=start)
     for tag, text in description.texts.items():
         shown_as = text_metadata.create_summary_metadata(display_name="", description="")
-        tensor = TensorProto(
-            dtype=DT_STRING,
-            string_val=[text.encode()],
-            tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)]),
-        )
+        # Of no dimension: one of a list would be shown as a table.
+        tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()], tensor_shape=TensorShapeProto())
         yield Summary(value=[Summary.Value(tag=tag, metadata=shown_as, tensor=tensor)])
 
 

@@ -100,14 +100,14 @@ def test_bytes_on_the_wire_are_those_of_a_run(tmp_path, data, world, loss):
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "train/lr" in line]
     assert len(steps) == STEPS
-    names = {name for name in steps[0] if name.startswith("wire/") and name.endswith("_bytes")}
-    found = {name[5:-6]: np.mean([line[name] for line in steps]) / world for name in names}
+    names = {name for name in steps[0] if name.startswith("perf/wire/") and name.endswith("_bytes")}
+    found = {name[len("perf/wire/") : -len("_bytes")]: np.mean([line[name] for line in steps]) / world for name in names}
 
     workload = _workload(config, world)
     measured = _measured(workload, seen, results[0][1])
     # Given the counts of the run, every collective's bytes within 1 %.
     assert sent_bytes(workload, measured) == pytest.approx(found, rel=0.01)
-    assert sum(found.values()) == pytest.approx(np.mean([line["wire/bytes"] for line in steps]) / world)
+    assert sum(found.values()) == pytest.approx(np.mean([line["perf/wire/bytes"] for line in steps]) / world)
     # The counts themselves, expected by the items' popularity: within 2 %; of the largest rank within 5 %.
     expected = expected_counts(workload)
     for name in ("events", "ids", "negatives"):

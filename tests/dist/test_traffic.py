@@ -88,6 +88,6 @@ def test_ranks_are_evenly_loaded_by_a_zipf_catalog(tmp_path):
     assert len(steps) == 2
     for line in steps:
         # Distinct ids that a rank asks other ranks for, by 512 sessions of 6 events.
-        assert line["wire/ids_bytes"] / 8 / 4 > 900
+        assert line["perf/wire/ids_bytes"] / 8 / 4 > 900
         assert 1.0 <= line["table/lookup_imbalance"] <= 1.1
-        assert 1.0 <= line["wire/imbalance"] <= 1.1
+        assert 1.0 <= line["perf/wire/imbalance"] <= 1.1

@@ -101,14 +101,14 @@ def test_both_engines_show_throughput_and_memory_beside_the_progress_bar(data, t
 def test_its_figures_stand_beside_those_that_every_engine_has(run):
     folder, _ = run
     shown = scalars(folder)
-    for name in ("perf/events_per_second", "perf/peak_memory_gib", "deepspeed/sessions_per_second"):
+    for name in ("perf/events_per_second", "perf/peak_memory_gib", "perf/deepspeed/sessions_per_second"):
         assert shown[name][-1].value > 0, name
-    assert "deepspeed/memory_gib" in shown
+    assert "perf/deepspeed/memory_gib" in shown
 
 
 def test_its_profiler_counts_the_encoders_operations_at_the_step_that_was_asked_for(run):
     folder, done = run
-    (flops,), (macs,) = (scalars(folder)[f"profile/encoder_{name}"] for name in ("flops", "macs"))
+    (flops,), (macs,) = (scalars(folder)[f"perf/profile/encoder_{name}"] for name in ("flops", "macs"))
     assert flops.step == 3 and flops.value > 2 * macs.value > 0
     assert re.search(r"step 3: the encoder's forward on rank 0: \S+ FLOP in", done.stderr)
 

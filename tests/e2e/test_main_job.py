@@ -106,7 +106,7 @@ def test_tensorboard_shows_the_curves_and_the_hyper_parameters(run):
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     tags = events.Tags()["scalars"]
     wanted = ["train/loss", "train/lr", "train/gradient_norm", "perf/events_per_second", "data/wait_share"]
-    assert {*wanted, "eval/valid/ndcg@10", "result/test/ndcg@10"} <= set(tags)
+    assert {*wanted, "eval/valid/ndcg@10", "eval/when_finished/test/ndcg@10"} <= set(tags)
     losses = [event.value for event in events.Scalars("train/loss")]
     assert losses[-1] < losses[0]
     assert "_hparams_/session_start_info" in events.summary_metadata

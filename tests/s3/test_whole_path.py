@@ -105,6 +105,6 @@ def test_curves_are_equal(places):
         logged.append([(line["step"], line["train/loss"]) for line in lines])
     assert logged[0] == logged[1]
     curves = [EventAccumulator(str(place / "run/tensorboard")).Reload() for place in places]
-    for tag in ("train/loss", "eval/valid/ndcg@10", "result/test/ndcg@10"):
+    for tag in ("train/loss", "eval/valid/ndcg@10", "eval/when_finished/test/ndcg@10"):
         shown = [[(event.step, event.value) for event in curve.Scalars(tag)] for curve in curves]
         assert shown[0] and shown[0] == shown[1], tag

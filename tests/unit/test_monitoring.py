@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
@@ -185,6 +186,9 @@ def test_what_a_dying_process_adds_after_the_restart_is_not_shown(tmp_path):
     dying.scalars(2, {"train/loss": 2.0})
     going_on.scalars(1, {"train/loss": 101.0})
     assert _curve(tmp_path) == [(1, 101.0)]
+    # The server has a reader of its own, which takes the first start event of a run for no restart.
+    served = plugin_event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in served.Tensors("train/loss")] == [1]
 
 
 @pytest.mark.parametrize("damage", [b"\x00" * 40, b"\x07\x01", None], ids=["zeros", "half", "cut"])

@@ -45,6 +45,20 @@ MAY_IMPORT = {
         "gru4recf_dist.table",
         *RUN_TIME,
     ),
+    "gru4recf_dist.monitoring": (
+        *(f"gru4recf_dist.{name}" for name in ("metrics_log", "run_description", "shown_metrics", "tensorboard_log")),
+        "gru4recf_dist.data",
+        *BASE,
+    ),
+    "gru4recf_dist.growing_file": ("gru4recf_dist.data", *BASE),
+    "gru4recf_dist.metrics_log": ("gru4recf_dist.growing_file", "gru4recf_dist.data", *BASE),
+    "gru4recf_dist.tensorboard_log": (
+        *(f"gru4recf_dist.{name}" for name in ("growing_file", "run_description")),
+        "gru4recf_dist.data",
+        *BASE,
+    ),
+    "gru4recf_dist.run_description": ("gru4recf_dist.shown_metrics", "gru4recf_dist.data", *BASE),
+    "gru4recf_dist.shown_metrics": ("gru4recf_dist.data", *BASE),
     "gru4recf_dist.checkpoint_blocks": (),
     "gru4recf_dist.checkpoint_files": ("gru4recf_dist.data", *BASE),
     "data_prep": (

@@ -105,7 +105,7 @@ class RollCall:
     def _keep_evidence(self, mine: Position) -> None:
         if self._keep is None:
             return
-        files = {f"rank_{self._rank}.txt": f"{mine}\n\n{stacks()}".encode(), f"rank_{self._rank}": flight_recorder()}
+        files = {f"stacks-{self._rank}.txt": f"{mine}\n\n{stacks()}".encode(), f"rank_{self._rank}": flight_recorder()}
         try:
             for name, content in files.items():
                 if content is not None:
@@ -142,18 +142,20 @@ def describe(late: list[int], positions: Sequence[Position | None], mine: Positi
 
 
 def flight_recorder() -> bytes | None:
-    """The last collectives of this process, as `torchfrtrace` reads them; None where torch records none."""
+    """The last collectives of this process, a pickle of torch's; None where torch records none."""
     dump = getattr(_distributed_c10d, "_dump_fr_trace", None) or getattr(_distributed_c10d, "_dump_nccl_trace", None)
     return dump() if dump else None
 
 
 def stacks() -> str:
-    """What every thread of this process is doing."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    parts = []
-    for ident, frame in sys._current_frames().items():
-        parts.append(f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}")
-    return "\n".join(parts)
+    """What every other thread of this process is doing, the one that trains first."""
+    frames = sys._current_frames()
+    threads = sorted(threading.enumerate(), key=lambda thread: thread is not threading.main_thread())
+    return "\n".join(
+        f"thread {thread.name}:\n{''.join(traceback.format_stack(frames[thread.ident]))}"
+        for thread in threads
+        if thread is not threading.current_thread() and thread.ident in frames
+    )
 
 
 def _key(rank: int) -> str:

@@ -65,11 +65,10 @@ def test_the_late_rank_its_step_and_phase_are_named(tmp_path, data, where, step,
     # It comes back when the others are gone.
     assert "another rank is gone" in texts[late]
     folder = tmp_path / "run" / "flight-recorder"
-    (stuck,) = folder.glob(f"*/rank_{late}.txt")
+    (stuck,) = folder.glob(f"*/stacks-{late}.txt")
     assert f"step {LATE_STEP}, phase {where}" in stuck.read_text() and "in sleepy" in stuck.read_text()
     for rank in range(3):
         (recorded,) = folder.glob(f"*/rank_{rank}")
-        # What `torchfrtrace` reads.
         assert pickle.loads(recorded.read_bytes())["entries"]
 
 

@@ -23,6 +23,7 @@ from gru4recf_dist.monitoring import Monitor
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel.engines import Engine
 from gru4recf_dist.parallel.ranks import Ranks
+from gru4recf_dist.parallel.whereabouts import HERE
 from gru4recf_dist.table.item_table import ShardedItemTable
 
 GIB = 1 << 30
@@ -52,16 +53,22 @@ class _Write:
 class CheckpointSaver:
     """Writes the checkpoints of a run. `save`, `wait` and `finish` must be called by all ranks alike.
 
+    Attributes:
+        best_was_lost: the checkpoint that was the best so far could not be written; who reads it puts it back to False.
+
     Args:
         monitor: shows time and size of each checkpoint, and those that were not written.
     """
 
     def __init__(self, checkpoints: Checkpoints, config: CheckpointConfig, ranks: Ranks, monitor: Monitor) -> None:
         self._checkpoints, self._config, self._ranks, self._monitor = checkpoints, config, ranks, monitor
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if config.in_background else None
+        self._thread = None
+        if config.in_background:
+            self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=HERE.ignore_this_thread)
         self._last: _Write | None = None
         self._pending: Future[None] | None = None
         self._failures = 0
+        self.best_was_lost = False
 
     def save(self, step: int, engine: Engine, table: ShardedItemTable, state: dict[str, Any], best: bool) -> None:
         """Begin to write the checkpoint of ``step``, once the one before it is written; or write it.
@@ -115,6 +122,7 @@ class CheckpointSaver:
     def _settle(self) -> None:
         """Draw the consequences of the last write."""
         self._failures = 0 if self._last.error is None else self._failures + 1
+        self.best_was_lost |= self._last.best and self._last.error is not None
         self._show(self._last)
         if self._failures >= self._config.max_failures:
             raise UserError(f"{self._last.error}; {self._failures} in a row (checkpoint.max_failures)")

@@ -6,7 +6,7 @@ run's folder as `config.yaml`. Every key, its default and its bounds are declare
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -23,27 +23,88 @@ from gru4recf_dist.data.storage_config import StorageConfig
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.section import Section
 
+# Fusions whose output matrices act on the RNNs' outputs themselves; the others have a dense layer in between.
+WITHOUT_DENSE = ("parallel", "shared_w", "interaction")
+# Fusions that sum the RNNs' outputs with learned weights.
+WEIGHTED = ("weighted_sum", "shared_w")
+
 
 class ModelConfig(Section):
-    """GRU4RecF. ``dropout`` acts on item embeddings (RecBole's only dropout); 0 switches off every dropout."""
+    """GRU4RecF. ``dropout`` acts on item embeddings (RecBole's only dropout); 0 switches off every dropout.
 
-    fusion: Literal["concat_output", "item_only"] = "concat_output"
+    docs/architectures.md has the formula of each ``fusion``.
+    """
+
+    fusion: Literal[
+        "concat_input",
+        "concat_output",
+        "weighted_sum",
+        "parallel",
+        "shared_w",
+        "interaction",
+        "item_only",
+        "feature_only",
+    ] = "concat_output"
     features: list[str] | Literal["all"] = "all"
+    feature_groups: list[Annotated[list[str], Field(min_length=1)]] | None = Field(
+        None, min_length=1, description="an RNN for each group of features, [[a, b], [c]]; null: one for all of them"
+    )
     embedding_size: PositiveInt = 64
     hidden_size: PositiveInt = 128
     num_layers: PositiveInt = 1
     pooling: Literal["mean", "sum", "max"] = "mean"
+    fusion_weights: list[float] | None = Field(
+        None, description="initial weights of the item RNN's and each feature RNN's output; null: equal, of sum 1"
+    )
+    output_table: Literal["auto", "tied", "untied"] = Field(
+        "auto",
+        description="whether item rows are output rows too, or outputs have a table of their own; auto: tied where "
+        "there is a dense layer, else untied",
+    )
+    output_bias: bool = Field(False, description="a learned number for each item is added to its scores")
     dropout: float = Field(0.3, ge=0.0, lt=1.0)
     dropout_feature: float = Field(0.0, ge=0.0, lt=1.0, description="on the embedded features")
-    dropout_hidden: float = Field(0.0, ge=0.0, lt=1.0, description="on the concatenated RNN outputs")
+    dropout_hidden: float = Field(0.0, ge=0.0, lt=1.0, description="on the RNN outputs, once they are put together")
+    dropout_output: float = Field(0.0, ge=0.0, lt=1.0, description="on what is compared with the items")
     score: Literal["dot", "cosine"] = "dot"
-    temperature: PositiveFloat = Field(1.0, description="scores are divided by it")
+    temperature: PositiveFloat = Field(1.0, description="scores are divided by it, the output bias is not")
     learn_temperature: bool = False
+
+    @property
+    def tied(self) -> bool:
+        """Whether item rows are output rows too."""
+        return self.output_table == "tied" or (self.output_table == "auto" and self.fusion not in WITHOUT_DENSE)
 
     @model_validator(mode="after")
     def _zero_dropout_is_zero_everywhere(self) -> ModelConfig:
         if self.dropout == 0.0:
-            self.dropout_feature = self.dropout_hidden = 0.0
+            self.dropout_feature = self.dropout_hidden = self.dropout_output = 0.0
+        return self
+
+    @model_validator(mode="after")
+    def _fusion_fits(self) -> ModelConfig:
+        fusion, groups = self.fusion, self.feature_groups
+        if groups is not None:
+            if fusion in ("item_only", "concat_input"):
+                raise ValueError(f"feature_groups: with fusion {fusion} there is no RNN of features")
+            names = [name for group in groups for name in group]
+            if len(set(names)) < len(names):
+                raise ValueError("feature_groups: names a feature twice")
+            if self.features != "all" and set(self.features) != set(names):
+                raise ValueError("feature_groups: names other features than features does (which may be left out)")
+        if self.fusion_weights is not None:
+            if fusion not in WEIGHTED:
+                raise ValueError(f"fusion_weights: fusion {fusion} has none ({' and '.join(WEIGHTED)} have)")
+            rnns = 1 + len(groups or [[]])
+            if len(self.fusion_weights) != rnns:
+                raise ValueError(f"fusion_weights: {rnns} are needed, the item RNN's and one for each RNN of features")
+        if fusion == "feature_only" and self.output_table == "untied":
+            raise ValueError("output_table: with fusion feature_only item rows are outputs only, untied from nothing")
+        if fusion in WITHOUT_DENSE and self.tied and self.hidden_size != self.embedding_size:
+            raise ValueError(
+                f"output_table: tied with fusion {fusion} needs hidden_size ({self.hidden_size}) to be "
+                f"embedding_size ({self.embedding_size}): there is no dense layer in between"
+            )
         return self
 
 

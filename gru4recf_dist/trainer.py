@@ -92,7 +92,7 @@ class Trainer:
         sampler = None
         if config.loss.name == "sampled_softmax":
             sampler = NegativeSampler(self.popularity, config.loss, config.seed, item_arrays)
-        objective = Objective(config, self.table, sampler)
+        objective = Objective(config, self.model.candidates, sampler)
         self.step = TrainingStep(config, self.model, self.engine, objective, ranks)
         self.evaluator = Evaluator(config, self.manifest, self.popularity, ranks)
         self.progress, self._window = Progress(), _Window()
@@ -274,7 +274,7 @@ class Trainer:
     def _save(self, is_best: bool) -> None:
         started = time.perf_counter()
         self.engine.copy_weights_to(self.model.encoder)
-        check_finite(self.progress.step, self.model.encoder, self.table, self.ranks)
+        check_finite(self.progress.step, self.model.encoder, self.model.tables, self.ranks)
         state = {
             "progress": vars(self.progress),
             "loss_scale": self.step.loss_scale.state_dict(),
@@ -283,13 +283,13 @@ class Trainer:
             # What a run that starts from this one on a grown data set has to know of the embedded vocabularies.
             "features": [vars(spec) for spec in recommender.feature_specs(self.config.model, self.manifest)],
         }
-        self.saver.save(self.progress.step, self.engine, self.table, state, is_best)
+        self.saver.save(self.progress.step, self.engine, self.model.tables, state, is_best)
         self._window.started += time.perf_counter() - started
 
     def _resume(self, newest: int | None) -> None:
         """Go on from the run folder's newest undamaged checkpoint; if there is none, start from ``init_from``."""
         if newest is not None:
-            state = self.checkpoints.load(newest, self.engine, self.model.encoder, self.table)
+            state = self.checkpoints.load(newest, self.engine, self.model.encoder, self.model.tables)
             if state["training_data"] != self.manifest.training_digest:
                 raise UserError(
                     f"data: {self.config.data} is not the data set that the checkpoints in {self.config.run_dir} were "
@@ -299,7 +299,7 @@ class Trainer:
             self.step.loss_scale.load_state_dict(state.get("loss_scale", {}))
             self.loader.load_state_dict(state["loader"])
         elif self.config.init_from is not None:
-            warm_start.load(self.config, self.manifest, self.engine, self.table, self.ranks)
+            warm_start.load(self.config, self.manifest, self.engine, self.model.tables, self.ranks)
 
     def _finish(self) -> dict:
         """Evaluate the best checkpoint and write `result.json`."""
@@ -309,7 +309,7 @@ class Trainer:
         if not is_present and not self.checkpoints.is_sound(best, "the last weights are evaluated in its place"):
             best, is_present = None, True
         if not is_present:
-            self.checkpoints.load(best, None, self.model.encoder, self.table)
+            self.checkpoints.load(best, None, self.model.encoder, self.model.tables)
         else:
             self.engine.copy_weights_to(self.model.encoder)
         result: dict = {}

@@ -1,4 +1,4 @@
-"""One update of encoder and table with a global batch: the same for every engine, precision and number of ranks."""
+"""One update of encoder and tables with a global batch: the same for every engine, precision and number of ranks."""
 
 from __future__ import annotations
 
@@ -24,10 +24,15 @@ from gru4recf_dist.table.partition import Routing, route
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A packed batch, and where the rows of its inputs and targets lie: integers only."""
+    """A packed batch, and where the rows of its inputs and targets lie: integers only.
+
+    Attributes:
+        routing, outputs: as `Recommender.lookup` takes them.
+    """
 
     packed: PackedBatch
     routing: Routing
+    outputs: Routing | None
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class StepResult:
         stop: whether any rank was asked to stop.
         updated: False if the update was skipped, because an fp16 gradient overflowed.
         gradient_norm: of the encoder, before clipping.
-        table_squared_norm: of this rank's share of the rows, before clipping.
+        table_squared_norm: of this rank's share of the rows of all tables, before clipping.
     """
 
     loss: float
@@ -67,7 +72,13 @@ class TrainingStep:
         """
         loader, partition = self.config.loader, self.model.table.partition
         packed = pack_micro_batches(block, self.config.accumulation, loader.max_length, loader.context)
-        return [MicroBatch(batch, route(partition, batch.items, batch.targets)) for batch in packed]
+        batches = []
+        for batch in packed:
+            # Distinct ids travel once where inputs and targets are rows of one table.
+            ids = (batch.items, batch.targets) if self.model.shares_rows else (batch.items,)
+            outputs = route(partition, batch.targets) if self.model.has_other_outputs else None
+            batches.append(MicroBatch(batch, route(partition, *ids), outputs))
+        return batches
 
     def __call__(self, batches: list[MicroBatch], step: int, factor: float, stop: bool) -> StepResult:
         """One update.
@@ -100,22 +111,19 @@ class TrainingStep:
         updated = self.loss_scale.update(step, finite)
         if updated:
             norm = self.engine.step(self.config.optimizer.lr * factor, scale)
-            table_norm = self.model.table.apply_gradients(self.config.table.lr * factor, scale)
+            table_norm = self.model.tables.apply_gradients(self.config.table.lr * factor, scale)
         else:
             self.engine.skip()
-            self.model.table.discard_gradients()
+            self.model.tables.discard_gradients()
             norm = table_norm = torch.tensor(math.nan)
         return StepResult(total_loss, targets, events, sessions_lost, stops > 0, updated, norm, table_norm)
 
     def _loss(self, batch: MicroBatch, proposal: StepProposal | None) -> torch.Tensor:
         """Sum of this rank's losses over a micro-batch."""
-        table = self.model.table
-        item_places, target_places = (places.to(self.ranks.device) for places in batch.routing.inverse)
-        exchange = table.exchange(batch.routing)
-        features = self.model.features.lookup(exchange)
-        rows = table.lookup(exchange)
-        queries = self.engine(rows, features, item_places, batch.packed.batch_sizes)
-        return self.objective(queries, rows[target_places], batch.packed, proposal)
+        looked = self.model.lookup(batch.routing, batch.outputs)
+        queries = self.engine(looked.rows, looked.features, looked.places, batch.packed.batch_sizes)
+        positives = self.model.candidates.join([rows[places] for rows, places in looked.targets])
+        return self.objective(queries, positives, batch.packed, proposal)
 
     def _counts(self, batches: list[PackedBatch], stop: bool) -> collectives.PendingSum:
         """Sums over micro-batches and ranks, on their way while the forward runs."""
@@ -128,7 +136,7 @@ class TrainingStep:
 
         It comes before the update: every rank makes it, or none does.
         """
-        broken = self._watch.take() | self.model.table.has_broken_gradient()
+        broken = self._watch.take() | self.model.tables.has_broken_gradient()
         sums = torch.stack([loss, broken.to(loss)]).cpu()
         total, broken_ranks = collectives.sum_over_ranks(sums, self.ranks.host, "loss").tolist()
         return total, math.isfinite(total) and not broken_ranks

@@ -1,6 +1,7 @@
 """GRU4RecF as one plain module, with RecBole's four methods: for single-process use, inspection and export.
 
-The trainer runs the same encoder packed, beside sharded tables; this class adds dense ones to it and keeps RecBole 1.2.1's meaning, names and shapes. There, cross-entropy runs over all N+1 columns: the padding row is a
+The trainer runs the same encoder packed, beside sharded tables; this class adds dense ones to it and keeps
+RecBole 1.2.1's meaning, names and shapes. There, cross-entropy runs over all N+1 columns: the padding row is a
 candidate, and it is not zero.
 
 Shapes: B sessions, L longest, D embedding size, Q size of a query, n = N+1 rows.

@@ -1,4 +1,4 @@
-"""What a fusion consists of, which settings contradict each other, and the single-process module against plain torch."""
+"""What a fusion consists of, which settings contradict each other, and the single-process module beside plain torch."""
 
 from __future__ import annotations
 

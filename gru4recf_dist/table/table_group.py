@@ -51,6 +51,10 @@ class TableGroup:
         """Whether a gradient of this rank's rows is not finite, bool [] on the encoder's device."""
         return torch.stack([table.has_broken_gradient() for table in self]).any()
 
+    def broken_gradients(self) -> list[str]:
+        """Names of the tables with such a gradient."""
+        return [name for name, table in self._tables.items() if bool(table.has_broken_gradient())]
+
     def has_broken_row(self) -> bool:
         """Whether a value of this rank's rows is not finite."""
         return any(table.has_broken_row() for table in self)

@@ -71,6 +71,13 @@ class ModelConfig(Section):
     learn_temperature: bool = False
 
     @property
+    def subnet_count(self) -> int:
+        """RNNs, each with what belongs to it alone."""
+        if self.fusion in ("item_only", "concat_input"):
+            return 1
+        return (self.fusion != "feature_only") + len(self.feature_groups or [[]])
+
+    @property
     def tied(self) -> bool:
         """Whether item rows are output rows too."""
         return self.output_table == "tied" or (self.output_table == "auto" and self.fusion not in WITHOUT_DENSE)
@@ -95,9 +102,10 @@ class ModelConfig(Section):
         if self.fusion_weights is not None:
             if fusion not in WEIGHTED:
                 raise ValueError(f"fusion_weights: fusion {fusion} has none ({' and '.join(WEIGHTED)} have)")
-            rnns = 1 + len(groups or [[]])
-            if len(self.fusion_weights) != rnns:
-                raise ValueError(f"fusion_weights: {rnns} are needed, the item RNN's and one for each RNN of features")
+            if len(self.fusion_weights) != self.subnet_count:
+                raise ValueError(
+                    f"fusion_weights: {self.subnet_count} are needed, the item RNN's and one for each RNN of features"
+                )
         if fusion == "feature_only" and self.output_table == "untied":
             raise ValueError("output_table: with fusion feature_only item rows are outputs only, untied from nothing")
         if fusion in WITHOUT_DENSE and self.tied and self.hidden_size != self.embedding_size:
@@ -167,6 +175,28 @@ class ScheduleConfig(Section):
     name: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: NonNegativeInt = 0
     final: float = Field(0.0, ge=0.0, le=1.0, description="factor at the last step")
+
+
+class TrainingConfig(Section):
+    """Which subnets an update trains; the others are left as they are, to the bit (docs/architectures.md)."""
+
+    strategy: Literal["simultaneous", "alternating", "residual", "interleaving"] = "simultaneous"
+    epochs_per_phase: PositiveInt | list[PositiveInt] | None = Field(
+        None, description="alternating, residual: epochs until the next subnet's turn, or a list of each one's"
+    )
+
+    def phase_epochs(self, subnets: int) -> list[int]:
+        """Epochs of each subnet's turn."""
+        given = 1 if self.epochs_per_phase is None else self.epochs_per_phase
+        return given if isinstance(given, list) else [given] * subnets
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> TrainingConfig:
+        if self.strategy in ("simultaneous", "interleaving") and self.epochs_per_phase is not None:
+            raise ValueError(f"epochs_per_phase: strategy {self.strategy} has no phases of epochs")
+        if self.strategy == "residual" and self.epochs_per_phase is None:
+            raise ValueError("epochs_per_phase must be given with strategy residual")
+        return self
 
 
 class LoaderConfig(Section):
@@ -274,6 +304,7 @@ class Config(Section):
     table: TableConfig = TableConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
     loader: LoaderConfig = LoaderConfig()
     engine: EngineConfig = EngineConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -288,7 +319,29 @@ class Config(Section):
             raise ValueError("one of max_epochs and max_steps must be given")
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of accumulation ({self.accumulation})")
+        self._check_strategy()
         return self
+
+    def _check_strategy(self) -> None:
+        strategy, subnets = self.training.strategy, self.model.subnet_count
+        if strategy == "simultaneous":
+            return
+        if subnets == 1:
+            raise ValueError(
+                f"training.strategy: {strategy} trains one subnet at a time, and with model.fusion {self.model.fusion} "
+                "there is only one"
+            )
+        if self.engine.name == "deepspeed":
+            raise ValueError(f"training.strategy: {strategy} needs engine.name ddp (DeepSpeed cannot leave parts out)")
+        epochs = self.training.phase_epochs(subnets)
+        if len(epochs) != subnets:
+            raise ValueError(f"training.epochs_per_phase: {len(epochs)} numbers for {subnets} subnets")
+        before_last = sum(epochs[:-1])
+        if strategy != "interleaving" and self.max_epochs is not None and self.max_epochs <= before_last:
+            raise ValueError(
+                f"training.epochs_per_phase: the last subnet's turn begins after {before_last} epochs, and max_epochs "
+                f"is {self.max_epochs}"
+            )
 
 
 def load(path: str | None, overrides: list[str], training: bool = True) -> Config:

@@ -20,6 +20,7 @@ from gru4recf_dist.errors import UserError
 from gru4recf_dist.evaluation.baselines import evaluate_baselines
 from gru4recf_dist.evaluation.evaluator import Evaluator, protocol_of
 from gru4recf_dist.measurements import counted_operations, peak_memory_gib
+from gru4recf_dist.model.subnets import subnets
 from gru4recf_dist.monitoring import Monitor
 from gru4recf_dist.objective import Objective
 from gru4recf_dist.parallel import collectives, traffic
@@ -30,6 +31,7 @@ from gru4recf_dist.parallel.replicas import check_replicas
 from gru4recf_dist.parallel.slow_ranks import SlowRanks, ratios
 from gru4recf_dist.parallel.whereabouts import HERE
 from gru4recf_dist.schedule import factor
+from gru4recf_dist.strategies import Phase, phase_of
 from gru4recf_dist.table.negatives import NegativeSampler, read_popularity
 from gru4recf_dist.training_step import MicroBatch, StepResult, TrainingStep
 
@@ -42,6 +44,7 @@ class Progress:
 
     Attributes:
         step: updates made.
+        epoch: of the last of them. The loader's is the next one's: it goes on when it hands over an epoch's last batch.
         best, evaluations_since_best: early stopping's memory.
         sessions_lost: training sessions, each epoch anew, of damaged shards (`loader.on_bad_shard: skip`).
         skipped_steps: those whose gradients or loss were not finite.
@@ -51,6 +54,7 @@ class Progress:
     """
 
     step: int = 0
+    epoch: int = 0
     best: float | None = None
     evaluations_since_best: int = 0
     trained_events: int = 0
@@ -107,6 +111,9 @@ class Trainer:
         self.broken_steps = BrokenSteps(config.non_finite, config.run_dir, ranks)
         self._slow_ranks = SlowRanks(config.monitoring.slow_rank_factor, config.monitoring.slow_rank_seconds)
         self._resume(newest)
+        self._phase: Phase | None = None
+        # What the last update left is evaluated as it was trained.
+        self._enter_phase()
         self.total_steps = total_steps(config, self.loader, self.progress.step)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
@@ -143,7 +150,7 @@ class Trainer:
         finished = progress.step >= self.total_steps or self._out_of_patience()
         self._window = _Window()
         while not finished:
-            steps = self.loader.steps_left
+            steps, progress.epoch = self.loader.steps_left, self.loader.epoch
             # However the loop is left, the thread that prepares the next batch has then ended.
             with closing(self.loader.prepared(self.step.prepare)) as batches:
                 for left in range(steps - 1, -1, -1):
@@ -185,6 +192,7 @@ class Trainer:
     def update(self, batches: list[MicroBatch]) -> StepResult:
         """The next update."""
         progress = self.progress
+        self._enter_phase()
         progress.step += 1
         scale = factor(self.config.schedule, progress.step - 1, self.total_steps)
         self._learning_rate = self.config.optimizer.lr * scale
@@ -213,6 +221,13 @@ class Trainer:
         if check_steps is not None and progress.step % check_steps == 0:
             check_replicas(progress.step, self.engine.module, self.ranks)
         return done
+
+    def _enter_phase(self) -> None:
+        """Let the next update train the subnets whose turn it is."""
+        phase = phase_of(self.config.training, subnets(self.config.model), self.progress.epoch, self.progress.step)
+        if phase != self._phase:
+            self._phase = phase
+            self.step.enter(phase)
 
     # -- logging, evaluation, checkpoints ----------------------------------------------------------------------------
 
@@ -289,7 +304,9 @@ class Trainer:
         is_best = progress.best is None or value > progress.best
         if is_best:
             progress.best = value
-        progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
+        # Patience is for the whole model: it begins when the last subnet has come in.
+        waits = not is_best and self._phase.is_last
+        progress.evaluations_since_best = progress.evaluations_since_best + 1 if waits else 0
         shown = f"step {progress.step}, epoch {self.loader.epochs_done:.4g}: valid {name} {value:.4f}"
         self.monitor.say(shown + (" (best so far)" if is_best else ""))
         # Time spent here is not the loop's.
@@ -310,6 +327,7 @@ class Trainer:
             "loss_scale": self.step.loss_scale.state_dict(),
             "loader": self.loader.state_dict(),
             "training_data": self.manifest.training_digest,
+            "present_subnets": list(self._phase.present),
             # What a run that starts from this one on a grown data set has to know of the embedded vocabularies.
             "features": [vars(spec) for spec in recommender.feature_specs(self.config.model, self.manifest)],
         }
@@ -340,7 +358,8 @@ class Trainer:
         if not is_present and not self.checkpoints.is_sound(best, "the last weights are evaluated in its place"):
             best, is_present = None, True
         if not is_present:
-            self.checkpoints.load(best, None, self.model.encoder, self.model.tables)
+            state = self.checkpoints.load(best, None, self.model.encoder, self.model.tables)
+            self.model.encoder.take_part(state.get("present_subnets"))
         else:
             self.engine.copy_weights_to(self.model.encoder)
         result: dict = {}
@@ -406,8 +425,13 @@ def check_run_folder(config: Config, has_checkpoint: bool) -> None:
     if config.resume == "never":
         raise UserError(f"run_dir: {config.run_dir} holds checkpoints; choose another folder, or resume=auto")
     before, now = (
-        # A position in the epoch means nothing in another order.
-        {"seed": each.seed, "loader.shuffle_window": each.loader.shuffle_window, **weight_settings(each)}
+        # A position in the epoch means nothing in another order, nor does what was trained until then.
+        {
+            "seed": each.seed,
+            "loader.shuffle_window": each.loader.shuffle_window,
+            **{f"training.{key}": value for key, value in each.training},
+            **weight_settings(each),
+        }
         for each in (typed_yaml.load(Config, storage.join(config.run_dir, "config.yaml"), []), config)
     )
     for key, old in before.items():

@@ -13,7 +13,7 @@ from torch import nn
 from gru4recf_dist.config import Config
 from gru4recf_dist.data.batches import PackedBatch, pack_micro_batches
 from gru4recf_dist.data.blocks import Block
-from gru4recf_dist.model.subnets import ITEM_TABLE
+from gru4recf_dist.model.subnets import ITEM_TABLE, subnet_of_parameter, subnet_of_table
 from gru4recf_dist.objective import Objective
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel.engines import Engine
@@ -21,6 +21,7 @@ from gru4recf_dist.parallel.loss_scale import LossScale
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.parallel.whereabouts import HERE
 from gru4recf_dist.recommender import Recommender
+from gru4recf_dist.strategies import Phase
 from gru4recf_dist.table.batch_negatives import StepProposal
 from gru4recf_dist.table.partition import Routing, route
 
@@ -88,6 +89,20 @@ class TrainingStep:
             outputs = route(partition, batch.targets) if self.model.has_other_outputs else None
             batches.append(MicroBatch(batch, route(partition, *ids), outputs))
         return batches
+
+    def enter(self, phase: Phase) -> None:
+        """Train the subnets of ``phase`` from the next update on, and what is shared; nothing else changes a bit."""
+        config = self.config.model
+        self.model.encoder.take_part(phase.present)
+        if self.config.training.strategy == "simultaneous":
+            return
+
+        def is_frozen(subnet: str | None) -> bool:
+            return subnet is not None and subnet not in phase.trained
+
+        self.model.tables.freeze({name for name in self.model.tables.names if is_frozen(subnet_of_table(config, name))})
+        parameters = (name for name, _ in self.engine.module.named_parameters())
+        self.engine.train_only([name for name in parameters if not is_frozen(subnet_of_parameter(config, name))])
 
     def __call__(self, batches: list[MicroBatch], step: int, factor: float, stop: bool) -> StepResult:
         """One update.

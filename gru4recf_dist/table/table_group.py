@@ -27,6 +27,10 @@ class TableGroup:
         return iter(self._tables.values())
 
     @property
+    def names(self) -> list[str]:
+        return list(self._tables)
+
+    @property
     def own(self) -> range:
         """Global rows of this rank."""
         return next(iter(self)).own

@@ -95,6 +95,8 @@ class PlainModel(nn.Module):
         self.outputs = nn.ModuleDict({name: nn.Embedding(items + 1, width) for name in outputs[tied:]})
         self.bias = nn.Parameter(torch.zeros(items + 1)) if config.output_bias else None
         torch.set_default_dtype(torch.float32)
+        # Names of the subnets that take part.
+        self.present = {"item", *self._feature_names()}
 
     def _feature_names(self) -> list[str]:
         count = len(self.config.feature_groups or [[]])
@@ -121,6 +123,9 @@ class PlainModel(nn.Module):
         else:
             hidden = [] if self.item_rnn is None else [self.item_rnn(self.items(sessions))[0]]
             hidden += [rnn(inputs)[0] for rnn, inputs in zip(self.rnns, described, strict=True)]
+        names = ["item"] * (self.item_rnn is not None) + self._feature_names()
+        neutral = torch.ones_like if self.kind == "interaction" else torch.zeros_like
+        hidden = [each if name in self.present else neutral(each) for name, each in zip(names, hidden, strict=False)]
         if self.kind == "parallel":
             return hidden
         if self.kind == "interaction":

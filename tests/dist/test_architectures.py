@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from gru4recf_dist.checkpoint_commits import read_commit, write_commit
 from gru4recf_dist.config import Config
 from gru4recf_dist.data.batches import pack_histories
 from gru4recf_dist.data.shard_format import read_manifest
@@ -20,7 +21,7 @@ from tests.dist.test_world_size_equality import relative_error
 from tests.support.plain_models import PlainModel, padded, read_features
 from tests.support.ranks import run_ranks
 from tests.support.synthetic import random_sessions, to_block, write_dataset
-from tests.support.training import final_state, logged_lines, small_config, whole
+from tests.support.training import final_state, logged_lines, small_config, train, whole
 
 pytestmark = pytest.mark.dist
 ITEMS, STEPS, TOP = 30, 7, 5
@@ -172,3 +173,94 @@ def test_every_architecture_makes_the_updates_of_a_plain_torch_model(tmp_path, d
                 scores = model.scores(torch.from_numpy(session.astype(np.int64))[None])[0, -1, 1:]
                 best = (scores.topk(TOP).indices + 1).tolist()
                 assert all(result[name][2][place].tolist() == best for result in results), name
+
+
+# -- sampled, in windows, in micro-batches, under the other engine ------------------------------------------------------
+
+SAMPLED = {
+    "feature_only": ("loss.in_batch=20", "model.output_bias=true"),
+    "concat_input": ("loss.logq=classic", "model.score=cosine"),
+    "weighted_sum": (GROUPS, "model.output_table=untied"),
+    "parallel": (GROUPS, "loss.in_batch=9", "model.output_bias=true", "table.clip=0.1"),
+    "interaction": ("model.output_table=tied", "training.strategy=interleaving"),
+}
+
+
+def _sampled_runs(world: int, data, folder, *extra: str) -> dict[str, tuple[dict, list[float]]]:
+    """Of each, the end and the losses."""
+    configs = {
+        name: small_config(data, folder / name, f"model.fusion={name}", "max_steps=8", *settings, *extra)
+        for name, settings in SAMPLED.items()
+    }
+    states = run_ranks(world, _end_of_each, folder, configs)
+    ends = {name: whole([state[name] for state in states]) for name in configs}
+    return {
+        name: (end, [line["train/loss"] for line in logged_lines(folder / name) if "train/lr" in line])
+        for name, end in ends.items()
+    }
+
+
+def _end_of_each(ranks: Ranks, configs: dict[str, Config]) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: train(ranks, config) for name, config in configs.items()}
+
+
+def _assert_equal(ours: dict, reference: dict, error: float) -> None:
+    for name, (state, losses) in reference.items():
+        assert ours[name][1] == pytest.approx(losses, rel=error), name
+        assert ours[name][0].keys() == state.keys(), name
+        for key, tensor in state.items():
+            assert relative_error(ours[name][0][key], tensor) < error, (name, key)
+
+
+def test_updates_from_sampled_losses_are_equal_at_1_and_4_ranks(tmp_path, data):
+    folders = [tmp_path / name for name in ("one", "four")]
+    for folder in folders:
+        folder.mkdir()
+    reference = _sampled_runs(1, data, folders[0], "precision=fp64")
+    _assert_equal(_sampled_runs(4, data, folders[1], "precision=fp64", "accumulation=2"), reference, 1e-10)
+
+
+def test_deepspeed_makes_ddps_updates_of_parallel_and_weighted_subnets(tmp_path, data):
+    engines = {
+        "ddp": ("engine.name=ddp",),
+        **{
+            str(stage): ("engine.name=deepspeed", f"engine.deepspeed.zero_optimization.stage={stage}")
+            for stage in (0, 1, 3)
+        },
+    }
+    fusions = {"parallel": SAMPLED["parallel"], "shared_w": ("model.fusion_weights=[1,2]",)}
+    configs = {
+        f"{fusion}/{engine}": small_config(
+            data, tmp_path / fusion / engine, f"model.fusion={fusion}", "max_steps=6", *settings, *given
+        )
+        for fusion, settings in fusions.items()
+        for engine, given in engines.items()
+    }
+    ends = run_ranks(2, _end_of_each, tmp_path, configs)
+    for fusion in fusions:
+        reference, *others = (whole([end[f"{fusion}/{engine}"] for end in ends]) for engine in engines)
+        for other in others:
+            for key, tensor in reference.items():
+                assert relative_error(other[key], tensor) < 1e-5, (fusion, key)
+
+
+# -- checkpoints of before there were several tables --------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_before_there_were_several_tables_goes_on(tmp_path, data):
+    settings = ("model.dropout=0.3", "checkpoint.keep_last=9", "checkpoint.every_steps=4")
+    unbroken = whole(run_ranks(1, train, tmp_path, small_config(data, tmp_path / "unbroken", *settings, "max_steps=8")))
+    run_ranks(1, train, tmp_path, small_config(data, tmp_path / "old", *settings, "max_steps=4"))
+    commit = read_commit(str(tmp_path / "old/checkpoints"), 4)
+    assert commit["table_steps"] == {"table": 4}
+    commit["table_steps"] = 4
+    del commit["state"]["present_subnets"], commit["state"]["progress"]["epoch"]
+    write_commit(str(tmp_path / "old/checkpoints"), 4, commit)
+    recipe = (tmp_path / "old/config.yaml").read_text().splitlines()
+    new = ("fusion_weights", "feature_groups", "output_table", "output_bias", "dropout_output", "strategy", "epochs_per")
+    kept = [line for line in recipe if not line.startswith("training:") and not line.strip().startswith(new)]
+    assert len(kept) == len(recipe) - len(new) - 1
+    (tmp_path / "old/config.yaml").write_text("\n".join(kept))
+    resumed = whole(run_ranks(1, train, tmp_path, small_config(data, tmp_path / "old", *settings, "max_steps=8")))
+    for key, tensor in unbroken.items():
+        assert torch.equal(resumed[key], tensor), key

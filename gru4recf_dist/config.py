@@ -93,24 +93,24 @@ class ModelConfig(Section):
         fusion, groups = self.fusion, self.feature_groups
         if groups is not None:
             if fusion in ("item_only", "concat_input"):
-                raise ValueError(f"feature_groups: with fusion {fusion} there is no RNN of features")
+                raise ValueError(f"feature_groups is not for fusion {fusion}, which has no RNN of features")
             names = [name for group in groups for name in group]
             if len(set(names)) < len(names):
-                raise ValueError("feature_groups: names a feature twice")
+                raise ValueError("feature_groups names a feature twice")
             if self.features != "all" and set(self.features) != set(names):
-                raise ValueError("feature_groups: names other features than features does (which may be left out)")
+                raise ValueError("feature_groups names other features than features (which may be left out)")
         if self.fusion_weights is not None:
             if fusion not in WEIGHTED:
-                raise ValueError(f"fusion_weights: fusion {fusion} has none ({' and '.join(WEIGHTED)} have)")
+                raise ValueError(f"fusion_weights is not for fusion {fusion} ({' and '.join(WEIGHTED)} have weights)")
             if len(self.fusion_weights) != self.subnet_count:
                 raise ValueError(
-                    f"fusion_weights: {self.subnet_count} are needed, the item RNN's and one for each RNN of features"
+                    f"fusion_weights must be {self.subnet_count}, the item RNN's and one for each RNN of features"
                 )
         if fusion == "feature_only" and self.output_table == "untied":
-            raise ValueError("output_table: with fusion feature_only item rows are outputs only, untied from nothing")
+            raise ValueError("output_table cannot be untied with fusion feature_only: item rows are outputs only")
         if fusion in WITHOUT_DENSE and self.tied and self.hidden_size != self.embedding_size:
             raise ValueError(
-                f"output_table: tied with fusion {fusion} needs hidden_size ({self.hidden_size}) to be "
+                f"output_table tied with fusion {fusion} needs hidden_size ({self.hidden_size}) to be "
                 f"embedding_size ({self.embedding_size}): there is no dense layer in between"
             )
         return self
@@ -193,7 +193,7 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _phases_fit(self) -> TrainingConfig:
         if self.strategy in ("simultaneous", "interleaving") and self.epochs_per_phase is not None:
-            raise ValueError(f"epochs_per_phase: strategy {self.strategy} has no phases of epochs")
+            raise ValueError(f"epochs_per_phase is not for strategy {self.strategy}, which has no phases of epochs")
         if self.strategy == "residual" and self.epochs_per_phase is None:
             raise ValueError("epochs_per_phase must be given with strategy residual")
         return self

@@ -38,6 +38,12 @@ def feature_specs(config: ModelConfig, manifest: Manifest) -> list[FeatureSpec]:
         return []
     if config.feature_groups is not None:
         names = [name for group in config.feature_groups for name in group]
+        known = [feature.name for feature in manifest.features]
+        for name in names:
+            if name not in known:
+                raise UserError(
+                    f"model.feature_groups: the data set has no feature '{name}' (it has: {', '.join(known) or 'none'})"
+                )
     elif config.features == "all":
         names = [feature.name for feature in manifest.features]
     else:

@@ -11,7 +11,7 @@ import numpy as np
 
 from gru4recf_dist import recommender, stopping, trained_run, typed_yaml, warm_start
 from gru4recf_dist.broken_steps import BrokenSteps
-from gru4recf_dist.checkpoint import Checkpoints, weight_settings
+from gru4recf_dist.checkpoint import Checkpoints
 from gru4recf_dist.checkpoint_saving import CheckpointSaver, check_finite
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
@@ -30,6 +30,7 @@ from gru4recf_dist.parallel.ranks import Ranks, from_first
 from gru4recf_dist.parallel.replicas import check_replicas
 from gru4recf_dist.parallel.slow_ranks import SlowRanks, ratios
 from gru4recf_dist.parallel.whereabouts import HERE
+from gru4recf_dist.run_folder import check_run_folder
 from gru4recf_dist.schedule import factor
 from gru4recf_dist.strategies import Phase, phase_of
 from gru4recf_dist.table.negatives import NegativeSampler, read_popularity
@@ -409,34 +410,3 @@ def total_steps(config: Config, loader: SessionLoader, step: int) -> int:
     by_epochs = math.inf if config.max_epochs is None else step + loader.steps_until(config.max_epochs)
     by_steps = math.inf if config.max_steps is None else config.max_steps
     return int(min(by_epochs, by_steps))
-
-
-def check_run_folder(config: Config, has_checkpoint: bool) -> None:
-    """Whether the run folder can take this run.
-
-    Raises:
-        UserError: it cannot be written; or it holds checkpoints and ``resume`` is ``never``, or they are of another
-            model.
-    """
-    if not storage.is_writable(config.run_dir):
-        raise UserError(f"run_dir: {config.run_dir} is not a folder that can be written")
-    if not has_checkpoint:
-        return
-    if config.resume == "never":
-        raise UserError(f"run_dir: {config.run_dir} holds checkpoints; choose another folder, or resume=auto")
-    before, now = (
-        # A position in the epoch means nothing in another order, nor does what was trained until then.
-        {
-            "seed": each.seed,
-            "loader.shuffle_window": each.loader.shuffle_window,
-            **{f"training.{key}": value for key, value in each.training},
-            **weight_settings(each),
-        }
-        for each in (typed_yaml.load(Config, storage.join(config.run_dir, "config.yaml"), []), config)
-    )
-    for key, old in before.items():
-        if old != now[key]:
-            raise UserError(
-                f"{key}: {now[key]!r}, but the checkpoints in {config.run_dir} were made with {old!r}; "
-                "choose another run_dir"
-            )

@@ -32,19 +32,22 @@ def _load(*overrides: str) -> Config:
     [
         (["model.fusion=parallel", "model.output_table=tied"], "tied with fusion parallel needs hidden_size (128)"),
         (["model.fusion=shared_w", "model.output_table=tied"], "to be embedding_size (64)"),
-        (["model.fusion=feature_only", "model.output_table=untied"], "output_table: with fusion feature_only"),
-        (["model.fusion_weights=[1,1]"], "fusion concat_output has none (weighted_sum and shared_w have)"),
-        (["model.fusion=weighted_sum", "model.fusion_weights=[1]"], "fusion_weights: 2 are needed"),
+        (
+            ["model.fusion=feature_only", "model.output_table=untied"],
+            "output_table cannot be untied",
+        ),
+        (["model.fusion_weights=[1,1]"], "fusion_weights is not for fusion concat_output (weighted_sum and"),
+        (["model.fusion=weighted_sum", "model.fusion_weights=[1]"], "fusion_weights must be 2"),
         (
             ["model.fusion=shared_w", "model.feature_groups=[[a],[b]]", "model.fusion_weights=[1,2]"],
-            "fusion_weights: 3 are needed",
+            "fusion_weights must be 3",
         ),
-        (["model.fusion=item_only", "model.feature_groups=[[a]]"], "fusion item_only there is no RNN of features"),
-        (["model.fusion=concat_input", "model.feature_groups=[[a]]"], "fusion concat_input there is no RNN"),
-        (["model.feature_groups=[[a],[b,a]]"], "feature_groups: names a feature twice"),
+        (["model.fusion=item_only", "model.feature_groups=[[a]]"], "feature_groups is not for fusion item_only"),
+        (["model.fusion=concat_input", "model.feature_groups=[[a]]"], "feature_groups is not for fusion concat_input"),
+        (["model.feature_groups=[[a],[b,a]]"], "feature_groups names a feature twice"),
         (["model.feature_groups=[[a],[]]"], "model.feature_groups.1"),
         (["model.feature_groups=[]"], "model.feature_groups"),
-        (["model.features=[a,b]", "model.feature_groups=[[a]]"], "feature_groups: names other features than features"),
+        (["model.features=[a,b]", "model.feature_groups=[[a]]"], "feature_groups names other features than features"),
         (["model.output_table=shared"], "model.output_table"),
     ],
 )
@@ -221,3 +224,35 @@ def test_dropouts_behind_the_rnns_act_where_they_say(setting, place):
     dropped = seen[0] if place is not None else output
     assert abs(float((dropped == 0).float().mean()) - 0.5) < 0.03
     assert not (encoder.eval()(*inputs) == 0).any()
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("groups", [None, GROUPS])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_the_documented_numbers_of_parameters_are_those(fusion, groups, layers):
+    if groups is not None and fusion in ("item_only", "concat_input"):
+        return
+    d, h = 4, 6
+    config = ModelConfig(fusion=fusion, feature_groups=groups, embedding_size=d, hidden_size=h, num_layers=layers)
+    encoder = SessionEncoder(config, [] if fusion == "item_only" else SPECS)
+
+    def gru(width: int) -> int:
+        return 3 * h * (width + h) + 6 * h * h * (layers - 1)
+
+    # Vocabularies of 6 and 9, a float, a vector of 3 elements; 4 features in one group, or 2 in each of two.
+    embeds = (6 + 9 + 1 + 3) * d
+    features = gru(4 * d) if groups is None else 2 * gru(2 * d)
+    rnns = 2 if groups is None else 3
+    expected = {
+        "item_only": (gru(d) + h * d + d, d),
+        "feature_only": (embeds + features + (rnns - 1) * h * d + d, d),
+        "concat_input": (embeds + gru(d + 4 * d) + h * d + d, d),
+        "concat_output": (embeds + gru(d) + features + rnns * h * d + d, d),
+        "weighted_sum": (embeds + gru(d) + features + rnns + h * d + d, d),
+        "parallel": (embeds + gru(d) + features, d + rnns * h),
+        "shared_w": (embeds + gru(d) + features + rnns, d + h),
+        "interaction": (embeds + gru(d) + features, d + h),
+    }
+    tables = {"table": d, **{part.table: part.width for part in output_parts(config)}}
+    count = sum(parameter.numel() for parameter in encoder.parameters())
+    assert (count, sum(tables.values())) == expected[fusion]

@@ -54,8 +54,11 @@ def test_only_with_residual_training_the_subnets_come_in_one_after_the_other():
         (["training.strategy=interleaving", "model.fusion=feature_only"], "only one"),
         (["training.strategy=alternating", "engine.name=deepspeed"], "alternating needs engine.name ddp"),
         (["training.strategy=residual"], "epochs_per_phase must be given with strategy residual"),
-        (["training.epochs_per_phase=2"], "strategy simultaneous has no phases of epochs"),
-        (["training.strategy=interleaving", "training.epochs_per_phase=2"], "interleaving has no phases of epochs"),
+        (["training.epochs_per_phase=2"], "epochs_per_phase is not for strategy simultaneous"),
+        (
+            ["training.strategy=interleaving", "training.epochs_per_phase=2"],
+            "is not for strategy interleaving",
+        ),
         (["training.strategy=alternating", "training.epochs_per_phase=[1,2,3]"], "3 numbers for 2 subnets"),
         (
             ["training.strategy=residual", "training.epochs_per_phase=[5,1]", "max_epochs=5"],

@@ -152,6 +152,8 @@ class Trainer:
         self._window = _Window()
         while not finished:
             steps, progress.epoch = self.loader.steps_left, self.loader.epoch
+            if self._enter_phase() and self.config.training.strategy != "interleaving":
+                self.monitor.say(f"epoch {progress.epoch + 1}: training of {', '.join(self._phase.trained)}")
             # However the loop is left, the thread that prepares the next batch has then ended.
             with closing(self.loader.prepared(self.step.prepare)) as batches:
                 for left in range(steps - 1, -1, -1):
@@ -223,12 +225,14 @@ class Trainer:
             check_replicas(progress.step, self.engine.module, self.ranks)
         return done
 
-    def _enter_phase(self) -> None:
-        """Let the next update train the subnets whose turn it is."""
+    def _enter_phase(self) -> bool:
+        """Let the next update train the subnets whose turn it is; whether these are others than before."""
         phase = phase_of(self.config.training, subnets(self.config.model), self.progress.epoch, self.progress.step)
-        if phase != self._phase:
-            self._phase = phase
-            self.step.enter(phase)
+        if phase == self._phase:
+            return False
+        self._phase = phase
+        self.step.enter(phase)
+        return True
 
     # -- logging, evaluation, checkpoints ----------------------------------------------------------------------------
 

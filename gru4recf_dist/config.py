@@ -117,15 +117,26 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
-    """``exact`` logQ corrects the negatives only, ``classic`` the positive too, ``off`` nothing."""
+    """The softmax is cross-entropy; the others are GRU4Rec's (`model.ranking_losses`), over the same sampled negatives.
 
-    name: Literal["full_softmax", "sampled_softmax"] = "sampled_softmax"
+    ``exact`` logQ corrects the negatives only, ``classic`` the positive too, ``off`` nothing: sampled softmax alone.
+    """
+
+    name: Literal["full_softmax", "sampled_softmax", "bpr", "bpr_max", "top1", "top1_max"] = "sampled_softmax"
     negatives: PositiveInt = Field(2048, description="K, drawn with replacement, shared by the global batch")
-    in_batch: NonNegativeInt = Field(0, description="M, further ones drawn from the targets of the global batch")
+    in_batch: NonNegativeInt | Literal["all"] = Field(
+        0, description="M, further ones drawn from the targets of the global batch; all: each target once, as GRU4Rec"
+    )
     sampler: Literal["popularity", "log_uniform", "uniform"] = "popularity"
     alpha: NonNegativeFloat = Field(0.75, description="popularity sampler: drawn in proportion to count ** alpha")
     logq: Literal["exact", "classic", "off"] = "exact"
+    regularization: NonNegativeFloat = Field(1.0, description="bpr_max only: on the negatives' scores")
     block_rows: PositiveInt = Field(256, description="rows of logits that exist at a time")
+
+    @property
+    def samples(self) -> bool:
+        """Whether negatives are drawn: all losses but the full softmax."""
+        return self.name != "full_softmax"
 
 
 class TableConfig(Section):

@@ -8,6 +8,7 @@ import torch
 from gru4recf_dist.config import Config
 from gru4recf_dist.data.batches import PackedBatch
 from gru4recf_dist.model import losses
+from gru4recf_dist.model.ranking_losses import ranking_loss
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.table.batch_negatives import StepProposal, gather_targets
 from gru4recf_dist.table.candidates import Candidates
@@ -15,7 +16,7 @@ from gru4recf_dist.table.negatives import NegativeSampler
 
 
 class Objective:
-    """Full or sampled softmax, as configured.
+    """The loss that is configured: full or sampled softmax, or one of GRU4Rec's over the same negatives.
 
     Args:
         sampler: draws negatives; None with full softmax.
@@ -33,10 +34,13 @@ class Objective:
         """
         if self.sampler is None:
             return None
-        targets = None
-        if self.config.in_batch:
+        targets, in_batch = None, self.config.in_batch
+        if in_batch:
             targets = gather_targets([batch.targets for batch in batches], self.candidates.ranks)
-        return StepProposal(self.sampler, self.config.in_batch, targets, step)
+            if in_batch == "all":
+                # As many draws as there are targets take each of them once.
+                in_batch = int(targets.counts.sum())
+        return StepProposal(self.sampler, in_batch, targets, step)
 
     def __call__(
         self, queries: torch.Tensor, positives: torch.Tensor, batch: PackedBatch, proposal: StepProposal | None
@@ -51,8 +55,10 @@ class Objective:
         """
         if proposal is None:
             each = self._full(queries, positives)
-        else:
+        elif self.config.name == "sampled_softmax":
             each = self._sampled(queries, positives, batch.targets, proposal)
+        else:
+            each = self._ranking(queries, positives, batch.targets, proposal)
         weights = batch.weights.to(device=each.device, dtype=each.dtype)
         return (each * weights).sum()
 
@@ -90,5 +96,20 @@ class Objective:
             torch.from_numpy(correction).to(queries),
             losses.columns_of(targets, torch.from_numpy(negatives.ids)).to(queries.device),
             positive_correction,
+            self.config.block_rows,
+        )
+
+    def _ranking(
+        self, queries: torch.Tensor, positives: torch.Tensor, targets: torch.Tensor, proposal: StepProposal
+    ) -> torch.Tensor:
+        negatives = proposal.negatives
+        return ranking_loss(
+            self.config.name,
+            queries,
+            positives,
+            self.candidates.gather(negatives.ids),
+            torch.from_numpy(negatives.counts).to(queries.device),
+            losses.columns_of(targets, torch.from_numpy(negatives.ids)).to(queries.device),
+            self.config.regularization,
             self.config.block_rows,
         )

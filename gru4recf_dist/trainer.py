@@ -103,7 +103,7 @@ class Trainer:
         self.table = self.model.table
         self.engine = make_engine(self.model.encoder, config, ranks)
         sampler = None
-        if config.loss.name == "sampled_softmax":
+        if config.loss.samples:
             sampler = NegativeSampler(self.popularity, config.loss, config.seed, item_arrays)
         objective = Objective(config, self.model.candidates, sampler)
         self.step = TrainingStep(config, self.model, self.engine, objective, ranks)

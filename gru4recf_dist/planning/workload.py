@@ -59,7 +59,7 @@ class Workload:
 
     @property
     def samples(self) -> bool:
-        return self.config.loss.name == "sampled_softmax"
+        return self.config.loss.samples
 
     @property
     def over_gloo(self) -> bool:
@@ -161,7 +161,10 @@ def expected_counts(workload: Workload) -> StepCounts:
         loss = config.loss
         negatives = workload.popularity.distinct_negatives(loss.negatives, loss.sampler, loss.alpha)
         negatives += workload.popularity.distinct_beside(
-            min(loss.in_batch, events * world), loss.negatives, loss.sampler, loss.alpha
+            events * world if loss.in_batch == "all" else min(loss.in_batch, events * world),
+            loss.negatives,
+            loss.sampler,
+            loss.alpha,
         )
         # Ids are in a pseudo-random order: a distinct item falls to each rank alike.
         share = min(negatives, negatives / world + spread * math.sqrt(negatives / world * (1.0 - 1.0 / world)))

@@ -181,11 +181,16 @@ class NonFiniteConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning-rate factor, for encoder and table alike: linear warm-up, then the named decay to ``final``."""
+    """Learning-rate factor, for encoder and table alike: linear warm-up, then the named decay to ``final``.
 
-    name: Literal["constant", "linear", "cosine"] = "constant"
+    ``plateau`` depends on the evaluations by ``early_stopping.metric`` and not on how long the run was to be.
+    """
+
+    name: Literal["constant", "linear", "cosine", "plateau"] = "constant"
     warmup_steps: NonNegativeInt = 0
-    final: float = Field(0.0, ge=0.0, le=1.0, description="factor at the last step")
+    final: float = Field(0.0, ge=0.0, le=1.0, description="factor at the last step (linear, cosine)")
+    plateau_patience: PositiveInt = Field(1, description="evaluations in a row without a better one until a drop")
+    plateau_factor: float = Field(0.3, gt=0.0, lt=1.0, description="of each drop")
 
 
 class TrainingConfig(Section):

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         packed = load_batches(storage.join(arguments.run, f"{FOLDER}/step-{arguments.step}"), ranks)
         trainer = Trainer(config, ranks)
         batches = trainer.step.routed(packed)
-        scale = factor(config.schedule, arguments.step - 1, trainer.total_steps)
+        scale = factor(config.schedule, arguments.step - 1, trainer.total_steps, trainer.progress.rate_drops)
         say = print if ranks.is_first else (lambda text: None)
         say(
             f"step {arguments.step} with the weights after step {trainer.progress.step}: "

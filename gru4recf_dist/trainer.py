@@ -31,7 +31,7 @@ from gru4recf_dist.parallel.replicas import check_replicas
 from gru4recf_dist.parallel.slow_ranks import SlowRanks, ratios
 from gru4recf_dist.parallel.whereabouts import HERE
 from gru4recf_dist.run_folder import check_run_folder
-from gru4recf_dist.schedule import factor
+from gru4recf_dist.schedule import factor, is_plateau
 from gru4recf_dist.strategies import Phase, phase_of
 from gru4recf_dist.table.negatives import NegativeSampler, read_popularity
 from gru4recf_dist.training_step import MicroBatch, StepResult, TrainingStep
@@ -47,6 +47,7 @@ class Progress:
         step: updates made.
         epoch: of the last of them. The loader's is the next one's: it goes on when it hands over an epoch's last batch.
         best, evaluations_since_best: early stopping's memory.
+        rate_drops, evaluations_since_drop: the same for `schedule.name: plateau`.
         sessions_lost: training sessions, each epoch anew, of damaged shards (`loader.on_bad_shard: skip`).
         skipped_steps: those whose gradients or loss were not finite.
         broken_in_a_row: of these, the last ones that no smaller loss scale would have helped.
@@ -58,6 +59,8 @@ class Progress:
     epoch: int = 0
     best: float | None = None
     evaluations_since_best: int = 0
+    rate_drops: int = 0
+    evaluations_since_drop: int = 0
     trained_events: int = 0
     sessions_lost: int = 0
     skipped_steps: int = 0
@@ -198,7 +201,7 @@ class Trainer:
         progress = self.progress
         self._enter_phase()
         progress.step += 1
-        scale = factor(self.config.schedule, progress.step - 1, self.total_steps)
+        scale = factor(self.config.schedule, progress.step - 1, self.total_steps, progress.rate_drops)
         self._learning_rate = self.config.optimizer.lr * scale
         is_profiled = progress.step == self.config.monitoring.profile_step
         profile = counted_operations(self.engine.module, self.ranks.device) if is_profiled else nullcontext()
@@ -314,6 +317,9 @@ class Trainer:
         # Patience is for the whole model: it begins when the last subnet has come in.
         waits = not is_best and self._phase.is_last
         progress.evaluations_since_best = progress.evaluations_since_best + 1 if waits else 0
+        progress.evaluations_since_drop = progress.evaluations_since_drop + 1 if waits else 0
+        if is_plateau(self.config.schedule, progress.evaluations_since_drop):
+            progress.rate_drops, progress.evaluations_since_drop = progress.rate_drops + 1, 0
         shown = f"step {progress.step}, epoch {self.loader.epochs_done:.4g}: valid {name} {value:.4f}"
         self.monitor.say(shown + (" (best so far)" if is_best else ""))
         # Time spent here is not the loop's.

@@ -6,7 +6,7 @@ RUN_DIR := runs/quickstart
 # Ranks share this machine's cores: with OpenMP threads of their own they would spin against each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help quickstart test test-slurm chaos lint bench clean
+.PHONY: help quickstart test test-slurm chaos lint bench results clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ lint: .venv/.installed ## check format and style
 
 bench: .venv/.installed ## measure against other implementations; ARGS="..." is passed on
 	$(BIN)/python -m benchmarks $(ARGS)
+
+results: .venv/.installed ## train what docs/results.md lists (hours; goes on where it was ended); ARGS="..." is passed on
+	$(BIN)/python -m benchmarks.results $(ARGS)
 
 clean: ## remove .venv, the other .venv-*, caches and build products; data/ and runs/ stay
 	rm -rf .venv .venv-peers .venv-recbole .venv-torchrec .venv-mitmproxy build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -6,7 +6,7 @@ run's folder as `config.yaml`. Every key, its default and its bounds are declare
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -23,40 +23,120 @@ from gru4recf_dist.data.storage_config import StorageConfig
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.section import Section
 
+# Fusions whose output matrices act on the RNNs' outputs themselves; the others have a dense layer in between.
+WITHOUT_DENSE = ("parallel", "shared_w", "interaction")
+# Fusions that sum the RNNs' outputs with learned weights.
+WEIGHTED = ("weighted_sum", "shared_w")
+
 
 class ModelConfig(Section):
-    """GRU4RecF. ``dropout`` acts on item embeddings (RecBole's only dropout); 0 switches off every dropout."""
+    """GRU4RecF. ``dropout`` acts on item embeddings (RecBole's only dropout); 0 switches off every dropout.
 
-    fusion: Literal["concat_output", "item_only"] = "concat_output"
+    docs/architectures.md has the formula of each ``fusion``.
+    """
+
+    fusion: Literal[
+        "concat_input",
+        "concat_output",
+        "weighted_sum",
+        "parallel",
+        "shared_w",
+        "interaction",
+        "item_only",
+        "feature_only",
+    ] = "concat_output"
     features: list[str] | Literal["all"] = "all"
+    feature_groups: list[Annotated[list[str], Field(min_length=1)]] | None = Field(
+        None, min_length=1, description="an RNN for each group of features, [[a, b], [c]]; null: one for all of them"
+    )
     embedding_size: PositiveInt = 64
     hidden_size: PositiveInt = 128
     num_layers: PositiveInt = 1
     pooling: Literal["mean", "sum", "max"] = "mean"
+    fusion_weights: list[float] | None = Field(
+        None, description="initial weights of the item RNN's and each feature RNN's output; null: equal, of sum 1"
+    )
+    output_table: Literal["auto", "tied", "untied"] = Field(
+        "auto",
+        description="whether item rows are output rows too, or outputs have a table of their own; auto: tied where "
+        "there is a dense layer, else untied",
+    )
+    output_bias: bool = Field(False, description="a learned number for each item is added to its scores")
     dropout: float = Field(0.3, ge=0.0, lt=1.0)
     dropout_feature: float = Field(0.0, ge=0.0, lt=1.0, description="on the embedded features")
-    dropout_hidden: float = Field(0.0, ge=0.0, lt=1.0, description="on the concatenated RNN outputs")
+    dropout_hidden: float = Field(0.0, ge=0.0, lt=1.0, description="on the RNN outputs, once they are put together")
+    dropout_output: float = Field(0.0, ge=0.0, lt=1.0, description="on what is compared with the items")
     score: Literal["dot", "cosine"] = "dot"
-    temperature: PositiveFloat = Field(1.0, description="scores are divided by it")
+    temperature: PositiveFloat = Field(1.0, description="scores are divided by it, the output bias is not")
     learn_temperature: bool = False
+
+    @property
+    def subnet_count(self) -> int:
+        """RNNs, each with what belongs to it alone."""
+        if self.fusion in ("item_only", "concat_input"):
+            return 1
+        return (self.fusion != "feature_only") + len(self.feature_groups or [[]])
+
+    @property
+    def tied(self) -> bool:
+        """Whether item rows are output rows too."""
+        return self.output_table == "tied" or (self.output_table == "auto" and self.fusion not in WITHOUT_DENSE)
 
     @model_validator(mode="after")
     def _zero_dropout_is_zero_everywhere(self) -> ModelConfig:
         if self.dropout == 0.0:
-            self.dropout_feature = self.dropout_hidden = 0.0
+            self.dropout_feature = self.dropout_hidden = self.dropout_output = 0.0
+        return self
+
+    @model_validator(mode="after")
+    def _fusion_fits(self) -> ModelConfig:
+        fusion, groups = self.fusion, self.feature_groups
+        if groups is not None:
+            if fusion in ("item_only", "concat_input"):
+                raise ValueError(f"feature_groups is not for fusion {fusion}, which has no RNN of features")
+            names = [name for group in groups for name in group]
+            if len(set(names)) < len(names):
+                raise ValueError("feature_groups names a feature twice")
+            if self.features != "all" and set(self.features) != set(names):
+                raise ValueError("feature_groups names other features than features (which may be left out)")
+        if self.fusion_weights is not None:
+            if fusion not in WEIGHTED:
+                raise ValueError(f"fusion_weights is not for fusion {fusion} ({' and '.join(WEIGHTED)} have weights)")
+            if len(self.fusion_weights) != self.subnet_count:
+                raise ValueError(
+                    f"fusion_weights must be {self.subnet_count}, the item RNN's and one for each RNN of features"
+                )
+        if fusion == "feature_only" and self.output_table == "untied":
+            raise ValueError("output_table cannot be untied with fusion feature_only: item rows are outputs only")
+        if fusion in WITHOUT_DENSE and self.tied and self.hidden_size != self.embedding_size:
+            raise ValueError(
+                f"output_table tied with fusion {fusion} needs hidden_size ({self.hidden_size}) to be "
+                f"embedding_size ({self.embedding_size}): there is no dense layer in between"
+            )
         return self
 
 
 class LossConfig(Section):
-    """``exact`` logQ corrects the negatives only, ``classic`` the positive too, ``off`` nothing."""
+    """The softmax is cross-entropy; the others are GRU4Rec's (`model.ranking_losses`), over the same sampled negatives.
 
-    name: Literal["full_softmax", "sampled_softmax"] = "sampled_softmax"
+    ``exact`` logQ corrects the negatives only, ``classic`` the positive too, ``off`` nothing: sampled softmax alone.
+    """
+
+    name: Literal["full_softmax", "sampled_softmax", "bpr", "bpr_max", "top1", "top1_max"] = "sampled_softmax"
     negatives: PositiveInt = Field(2048, description="K, drawn with replacement, shared by the global batch")
-    in_batch: NonNegativeInt = Field(0, description="M, further ones drawn from the targets of the global batch")
+    in_batch: NonNegativeInt | Literal["all"] = Field(
+        0, description="M, further ones drawn from the targets of the global batch; all: each target once, as GRU4Rec"
+    )
     sampler: Literal["popularity", "log_uniform", "uniform"] = "popularity"
     alpha: NonNegativeFloat = Field(0.75, description="popularity sampler: drawn in proportion to count ** alpha")
     logq: Literal["exact", "classic", "off"] = "exact"
+    regularization: NonNegativeFloat = Field(1.0, description="bpr_max only: on the negatives' scores")
     block_rows: PositiveInt = Field(256, description="rows of logits that exist at a time")
+
+    @property
+    def samples(self) -> bool:
+        """Whether negatives are drawn: all losses but the full softmax."""
+        return self.name != "full_softmax"
 
 
 class TableConfig(Section):
@@ -101,11 +181,38 @@ class NonFiniteConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning-rate factor, for encoder and table alike: linear warm-up, then the named decay to ``final``."""
+    """Learning-rate factor, for encoder and table alike: linear warm-up, then the named decay to ``final``.
 
-    name: Literal["constant", "linear", "cosine"] = "constant"
+    ``plateau`` depends on the evaluations by ``early_stopping.metric`` and not on how long the run was to be.
+    """
+
+    name: Literal["constant", "linear", "cosine", "plateau"] = "constant"
     warmup_steps: NonNegativeInt = 0
-    final: float = Field(0.0, ge=0.0, le=1.0, description="factor at the last step")
+    final: float = Field(0.0, ge=0.0, le=1.0, description="factor at the last step (linear, cosine)")
+    plateau_patience: PositiveInt = Field(1, description="evaluations in a row without a better one until a drop")
+    plateau_factor: float = Field(0.3, gt=0.0, lt=1.0, description="of each drop")
+
+
+class TrainingConfig(Section):
+    """Which subnets an update trains; the others are left as they are, to the bit (docs/architectures.md)."""
+
+    strategy: Literal["simultaneous", "alternating", "residual", "interleaving"] = "simultaneous"
+    epochs_per_phase: PositiveInt | list[PositiveInt] | None = Field(
+        None, description="alternating, residual: epochs until the next subnet's turn, or a list of each one's"
+    )
+
+    def phase_epochs(self, subnets: int) -> list[int]:
+        """Epochs of each subnet's turn."""
+        given = 1 if self.epochs_per_phase is None else self.epochs_per_phase
+        return given if isinstance(given, list) else [given] * subnets
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> TrainingConfig:
+        if self.strategy in ("simultaneous", "interleaving") and self.epochs_per_phase is not None:
+            raise ValueError(f"epochs_per_phase is not for strategy {self.strategy}, which has no phases of epochs")
+        if self.strategy == "residual" and self.epochs_per_phase is None:
+            raise ValueError("epochs_per_phase must be given with strategy residual")
+        return self
 
 
 class LoaderConfig(Section):
@@ -213,6 +320,7 @@ class Config(Section):
     table: TableConfig = TableConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
     loader: LoaderConfig = LoaderConfig()
     engine: EngineConfig = EngineConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -227,7 +335,29 @@ class Config(Section):
             raise ValueError("one of max_epochs and max_steps must be given")
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of accumulation ({self.accumulation})")
+        self._check_strategy()
         return self
+
+    def _check_strategy(self) -> None:
+        strategy, subnets = self.training.strategy, self.model.subnet_count
+        if strategy == "simultaneous":
+            return
+        if subnets == 1:
+            raise ValueError(
+                f"training.strategy: {strategy} trains one subnet at a time, and with model.fusion {self.model.fusion} "
+                "there is only one"
+            )
+        if self.engine.name == "deepspeed":
+            raise ValueError(f"training.strategy: {strategy} needs engine.name ddp (DeepSpeed cannot leave parts out)")
+        epochs = self.training.phase_epochs(subnets)
+        if len(epochs) != subnets:
+            raise ValueError(f"training.epochs_per_phase: {len(epochs)} numbers for {subnets} subnets")
+        before_last = sum(epochs[:-1])
+        if strategy != "interleaving" and self.max_epochs is not None and self.max_epochs <= before_last:
+            raise ValueError(
+                f"training.epochs_per_phase: the last subnet's turn begins after {before_last} epochs, and max_epochs "
+                f"is {self.max_epochs}"
+            )
 
 
 def load(path: str | None, overrides: list[str], training: bool = True) -> Config:

@@ -148,9 +148,7 @@ def _recommend(
         lengths = torch.tensor([len(history) for history in histories])
         seen_query = torch.repeat_interleave(torch.arange(len(histories)), lengths).to(ranks.device)
         seen_item = torch.from_numpy(np.concatenate(histories).astype(np.int64)).to(ranks.device)
-    found, scores = top_k(
-        queries, k, model.table, config.model.score, config.evaluation.tile_rows, seen_query, seen_item
-    )
+    found, scores = top_k(queries, k, model.candidates, config.evaluation.tile_rows, seen_query, seen_item)
     empty = torch.tensor([not len(history) for history in histories], device=found.device)
     return found.masked_fill(empty[:, None], PADDING_ID), scores
 

@@ -18,9 +18,7 @@ from gru4recf_dist.data import storage
 from gru4recf_dist.errors import exits_cleanly
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.schedule import factor
-from gru4recf_dist.table.partition import route
 from gru4recf_dist.trainer import Trainer
-from gru4recf_dist.training_step import MicroBatch
 
 
 @exits_cleanly
@@ -36,9 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     with process_ranks.running(config.device, config.timeout_seconds) as ranks:
         packed = load_batches(storage.join(arguments.run, f"{FOLDER}/step-{arguments.step}"), ranks)
         trainer = Trainer(config, ranks)
-        partition = trainer.table.partition
-        batches = [MicroBatch(batch, route(partition, batch.items, batch.targets)) for batch in packed]
-        scale = factor(config.schedule, arguments.step - 1, trainer.total_steps)
+        batches = trainer.step.routed(packed)
+        scale = factor(config.schedule, arguments.step - 1, trainer.total_steps, trainer.progress.rate_drops)
         say = print if ranks.is_first else (lambda text: None)
         say(
             f"step {arguments.step} with the weights after step {trainer.progress.step}: "

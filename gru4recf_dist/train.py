@@ -17,7 +17,8 @@ from gru4recf_dist.errors import UserError, exits_cleanly
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.parallel.deepspeed_settings import deepspeed_settings
 from gru4recf_dist.parallel.ranks import from_first
-from gru4recf_dist.trainer import RESULT, Trainer, check_run_folder
+from gru4recf_dist.run_folder import check_run_folder
+from gru4recf_dist.trainer import RESULT, Trainer
 
 # sysexits.h's EX_TEMPFAIL: stopped by a signal, to be started again. torchrun would take it for a failure of this rank
 # and kill the others; there `--finished` tells a run that can go on from a finished one.

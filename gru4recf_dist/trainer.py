@@ -11,7 +11,7 @@ import numpy as np
 
 from gru4recf_dist import recommender, stopping, trained_run, typed_yaml, warm_start
 from gru4recf_dist.broken_steps import BrokenSteps
-from gru4recf_dist.checkpoint import Checkpoints, weight_settings
+from gru4recf_dist.checkpoint import Checkpoints
 from gru4recf_dist.checkpoint_saving import CheckpointSaver, check_finite
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
@@ -20,6 +20,7 @@ from gru4recf_dist.errors import UserError
 from gru4recf_dist.evaluation.baselines import evaluate_baselines
 from gru4recf_dist.evaluation.evaluator import Evaluator, protocol_of
 from gru4recf_dist.measurements import counted_operations, peak_memory_gib
+from gru4recf_dist.model.subnets import subnets
 from gru4recf_dist.monitoring import Monitor
 from gru4recf_dist.objective import Objective
 from gru4recf_dist.parallel import collectives, traffic
@@ -30,8 +31,10 @@ from gru4recf_dist.parallel.replicas import check_replicas
 from gru4recf_dist.parallel.slow_ranks import SlowRanks, ratios
 from gru4recf_dist.parallel.whereabouts import HERE
 from gru4recf_dist.run_description import describe
-from gru4recf_dist.schedule import factor
+from gru4recf_dist.run_folder import check_run_folder
+from gru4recf_dist.schedule import factor, is_plateau
 from gru4recf_dist.shown_metrics import evaluation_scalars, final_names
+from gru4recf_dist.strategies import Phase, phase_of
 from gru4recf_dist.table.negatives import NegativeSampler, read_popularity
 from gru4recf_dist.training_step import MicroBatch, StepResult, TrainingStep
 
@@ -44,7 +47,9 @@ class Progress:
 
     Attributes:
         step: updates made.
+        epoch: of the last of them. The loader's is the next one's: it goes on when it hands over an epoch's last batch.
         best, evaluations_since_best: early stopping's memory.
+        rate_drops, evaluations_since_drop: the same for `schedule.name: plateau`.
         sessions_lost: training sessions, each epoch anew, of damaged shards (`loader.on_bad_shard: skip`).
         skipped_steps: those whose gradients or loss were not finite.
         broken_in_a_row: of these, the last ones that no smaller loss scale would have helped.
@@ -53,8 +58,11 @@ class Progress:
     """
 
     step: int = 0
+    epoch: int = 0
     best: float | None = None
     evaluations_since_best: int = 0
+    rate_drops: int = 0
+    evaluations_since_drop: int = 0
     trained_events: int = 0
     sessions_lost: int = 0
     skipped_steps: int = 0
@@ -100,9 +108,9 @@ class Trainer:
         self.table = self.model.table
         self.engine = make_engine(self.model.encoder, config, ranks)
         sampler = None
-        if config.loss.name == "sampled_softmax":
+        if config.loss.samples:
             sampler = NegativeSampler(self.popularity, config.loss, config.seed, item_arrays)
-        objective = Objective(config, self.table, sampler)
+        objective = Objective(config, self.model.candidates, sampler)
         self.step = TrainingStep(config, self.model, self.engine, objective, ranks)
         self.evaluator = Evaluator(config, self.manifest, self.popularity, ranks)
         self.progress, self._window = Progress(), _Window()
@@ -110,6 +118,9 @@ class Trainer:
         self.broken_steps = BrokenSteps(config.non_finite, config.run_dir, ranks)
         self._slow_ranks = SlowRanks(config.monitoring.slow_rank_factor, config.monitoring.slow_rank_seconds)
         self._resume(newest)
+        self._phase: Phase | None = None
+        # What the last update left is evaluated as it was trained.
+        self._enter_phase()
         self.total_steps = total_steps(config, self.loader, self.progress.step)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
@@ -154,7 +165,9 @@ class Trainer:
         finished = progress.step >= self.total_steps or self._out_of_patience()
         self._window = _Window()
         while not finished:
-            steps = self.loader.steps_left
+            steps, progress.epoch = self.loader.steps_left, self.loader.epoch
+            if self._enter_phase() and self.config.training.strategy != "interleaving":
+                self.monitor.say(f"epoch {progress.epoch + 1}: training of {', '.join(self._phase.trained)}")
             # However the loop is left, the thread that prepares the next batch has then ended.
             with closing(self.loader.prepared(self.step.prepare)) as batches:
                 for left in range(steps - 1, -1, -1):
@@ -196,8 +209,9 @@ class Trainer:
     def update(self, batches: list[MicroBatch]) -> StepResult:
         """The next update."""
         progress = self.progress
+        self._enter_phase()
         progress.step += 1
-        scale = factor(self.config.schedule, progress.step - 1, self.total_steps)
+        scale = factor(self.config.schedule, progress.step - 1, self.total_steps, progress.rate_drops)
         self._learning_rate = self.config.optimizer.lr * scale
         is_profiled = progress.step == self.config.monitoring.profile_step
         profile = counted_operations(self.engine.module, self.ranks.device) if is_profiled else nullcontext()
@@ -226,6 +240,15 @@ class Trainer:
         if check_steps is not None and progress.step % check_steps == 0:
             check_replicas(progress.step, self.engine.module, self.ranks)
         return done
+
+    def _enter_phase(self) -> bool:
+        """Let the next update train the subnets whose turn it is; whether these are others than before."""
+        phase = phase_of(self.config.training, subnets(self.config.model), self.progress.epoch, self.progress.step)
+        if phase == self._phase:
+            return False
+        self._phase = phase
+        self.step.enter(phase)
+        return True
 
     # -- logging, evaluation, checkpoints ----------------------------------------------------------------------------
 
@@ -304,7 +327,12 @@ class Trainer:
         is_best = progress.best is None or value > progress.best
         if is_best:
             self._best_before, progress.best = progress.best, value
-        progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
+        # Patience is for the whole model: it begins when the last subnet has come in.
+        waits = not is_best and self._phase.is_last
+        progress.evaluations_since_best = progress.evaluations_since_best + 1 if waits else 0
+        progress.evaluations_since_drop = progress.evaluations_since_drop + 1 if waits else 0
+        if is_plateau(self.config.schedule, progress.evaluations_since_drop):
+            progress.rate_drops, progress.evaluations_since_drop = progress.rate_drops + 1, 0
         shown = f"step {progress.step}, epoch {self.loader.epochs_done:.4g}: valid {name} {value:.4f}"
         self.monitor.say(shown + (" (best so far)" if is_best else ""))
         # Time spent here is not the loop's.
@@ -326,22 +354,23 @@ class Trainer:
         HERE.enter("checkpoint")
         self._forget_lost_best()
         self.engine.copy_weights_to(self.model.encoder)
-        check_finite(self.progress.step, self.model.encoder, self.table, self.ranks)
+        check_finite(self.progress.step, self.model.encoder, self.model.tables, self.ranks)
         state = {
             "progress": vars(self.progress),
             "loss_scale": self.step.loss_scale.state_dict(),
             "loader": self.loader.state_dict(),
             "training_data": self.manifest.training_digest,
+            "present_subnets": list(self._phase.present),
             # What a run that starts from this one on a grown data set has to know of the embedded vocabularies.
             "features": [vars(spec) for spec in recommender.feature_specs(self.config.model, self.manifest)],
         }
-        self.saver.save(self.progress.step, self.engine, self.table, state, is_best)
+        self.saver.save(self.progress.step, self.engine, self.model.tables, state, is_best)
         self._window.started += time.perf_counter() - started
 
     def _resume(self, newest: int | None) -> None:
         """Go on from the run folder's newest undamaged checkpoint; if there is none, start from ``init_from``."""
         if newest is not None:
-            state = self.checkpoints.load(newest, self.engine, self.model.encoder, self.table)
+            state = self.checkpoints.load(newest, self.engine, self.model.encoder, self.model.tables)
             if state["training_data"] != self.manifest.training_digest:
                 raise UserError(
                     f"data: {self.config.data} is not the data set that the checkpoints in {self.config.run_dir} were "
@@ -352,7 +381,7 @@ class Trainer:
             self.step.loss_scale.load_state_dict(state.get("loss_scale", {}))
             self.loader.load_state_dict(state["loader"])
         elif self.config.init_from is not None:
-            warm_start.load(self.config, self.manifest, self.engine, self.table, self.ranks)
+            warm_start.load(self.config, self.manifest, self.engine, self.model.tables, self.ranks)
 
     def _finish(self) -> dict:
         """Evaluate the best checkpoint and write `result.json`."""
@@ -362,7 +391,8 @@ class Trainer:
         if not is_present and not self.checkpoints.is_sound(best, "the last weights are evaluated in its place"):
             best, is_present = None, True
         if not is_present:
-            self.checkpoints.load(best, None, self.model.encoder, self.table)
+            state = self.checkpoints.load(best, None, self.model.encoder, self.model.tables)
+            self.model.encoder.take_part(state.get("present_subnets"))
         else:
             self.engine.copy_weights_to(self.model.encoder)
         result: dict = {}
@@ -412,29 +442,3 @@ def total_steps(config: Config, loader: SessionLoader, step: int) -> int:
     by_epochs = math.inf if config.max_epochs is None else step + loader.steps_until(config.max_epochs)
     by_steps = math.inf if config.max_steps is None else config.max_steps
     return int(min(by_epochs, by_steps))
-
-
-def check_run_folder(config: Config, has_checkpoint: bool) -> None:
-    """Whether the run folder can take this run.
-
-    Raises:
-        UserError: it cannot be written; or it holds checkpoints and ``resume`` is ``never``, or they are of another
-            model.
-    """
-    if not storage.is_writable(config.run_dir):
-        raise UserError(f"run_dir: {config.run_dir} is not a folder that can be written")
-    if not has_checkpoint:
-        return
-    if config.resume == "never":
-        raise UserError(f"run_dir: {config.run_dir} holds checkpoints; choose another folder, or resume=auto")
-    before, now = (
-        # A position in the epoch means nothing in another order.
-        {"seed": each.seed, "loader.shuffle_window": each.loader.shuffle_window, **weight_settings(each)}
-        for each in (typed_yaml.load(Config, storage.join(config.run_dir, "config.yaml"), []), config)
-    )
-    for key, old in before.items():
-        if old != now[key]:
-            raise UserError(
-                f"{key}: {now[key]!r}, but the checkpoints in {config.run_dir} were made with {old!r}; "
-                "choose another run_dir"
-            )

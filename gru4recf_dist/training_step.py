@@ -1,4 +1,4 @@
-"""One update of encoder and table with a global batch: the same for every engine, precision and number of ranks."""
+"""One update of encoder and tables with a global batch: the same for every engine, precision and number of ranks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 from gru4recf_dist.config import Config
 from gru4recf_dist.data.batches import PackedBatch, pack_micro_batches
 from gru4recf_dist.data.blocks import Block
+from gru4recf_dist.model.subnets import ITEM_TABLE, subnet_of_parameter, subnet_of_table
 from gru4recf_dist.objective import Objective
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel.engines import Engine
@@ -20,16 +21,22 @@ from gru4recf_dist.parallel.loss_scale import LossScale
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.parallel.whereabouts import HERE
 from gru4recf_dist.recommender import Recommender
+from gru4recf_dist.strategies import Phase
 from gru4recf_dist.table.batch_negatives import StepProposal
 from gru4recf_dist.table.partition import Routing, route
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A packed batch, and where the rows of its inputs and targets lie: integers only."""
+    """A packed batch, and where the rows of its inputs and targets lie: integers only.
+
+    Attributes:
+        routing, outputs: as `Recommender.lookup` takes them.
+    """
 
     packed: PackedBatch
     routing: Routing
+    outputs: Routing | None
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class StepResult:
         broken: names of what was not finite on this rank, if a smaller loss scale would not help; None if no rank had
             such a thing.
         gradient_norm: of the encoder, before clipping.
-        table_squared_norm: of this rank's share of the rows, before clipping.
+        table_squared_norm: of this rank's share of the rows of all tables, before clipping.
     """
 
     loss: float
@@ -70,9 +77,32 @@ class TrainingStep:
 
         It reads no row and no weight, so it may run while the update before is made: rows would be stale.
         """
-        loader, partition = self.config.loader, self.model.table.partition
-        packed = pack_micro_batches(block, self.config.accumulation, loader.max_length, loader.context)
-        return [MicroBatch(batch, route(partition, batch.items, batch.targets)) for batch in packed]
+        loader = self.config.loader
+        return self.routed(pack_micro_batches(block, self.config.accumulation, loader.max_length, loader.context))
+
+    def routed(self, packed: list[PackedBatch]) -> list[MicroBatch]:
+        """Packed batches with the places of their rows, ready for an update."""
+        partition, batches = self.model.table.partition, []
+        for batch in packed:
+            # Distinct ids travel once where inputs and targets are rows of one table.
+            ids = (batch.items, batch.targets) if self.model.shares_rows else (batch.items,)
+            outputs = route(partition, batch.targets) if self.model.has_other_outputs else None
+            batches.append(MicroBatch(batch, route(partition, *ids), outputs))
+        return batches
+
+    def enter(self, phase: Phase) -> None:
+        """Train the subnets of ``phase`` from the next update on, and what is shared; nothing else changes a bit."""
+        config = self.config.model
+        self.model.encoder.take_part(phase.present)
+        if self.config.training.strategy == "simultaneous":
+            return
+
+        def is_frozen(subnet: str | None) -> bool:
+            return subnet is not None and subnet not in phase.trained
+
+        self.model.tables.freeze({name for name in self.model.tables.names if is_frozen(subnet_of_table(config, name))})
+        parameters = (name for name, _ in self.engine.module.named_parameters())
+        self.engine.train_only([name for name in parameters if not is_frozen(subnet_of_parameter(config, name))])
 
     def __call__(self, batches: list[MicroBatch], step: int, factor: float, stop: bool) -> StepResult:
         """One update.
@@ -107,22 +137,19 @@ class TrainingStep:
         self._watch.forget()
         if finite:
             norm = self.engine.step(self.config.optimizer.lr * factor, scale)
-            table_norm = self.model.table.apply_gradients(self.config.table.lr * factor, scale)
+            table_norm = self.model.tables.apply_gradients(self.config.table.lr * factor, scale)
         else:
             self.engine.skip()
-            self.model.table.discard_gradients()
+            self.model.tables.discard_gradients()
             norm = table_norm = torch.tensor(math.nan)
         return StepResult(total_loss, targets, events, sessions_lost, stops > 0, finite, broken, norm, table_norm)
 
     def _loss(self, batch: MicroBatch, proposal: StepProposal | None) -> torch.Tensor:
         """Sum of this rank's losses over a micro-batch."""
-        table = self.model.table
-        item_places, target_places = (places.to(self.ranks.device) for places in batch.routing.inverse)
-        exchange = table.exchange(batch.routing)
-        features = self.model.features.lookup(exchange)
-        rows = table.lookup(exchange)
-        queries = self.engine(rows, features, item_places, batch.packed.batch_sizes)
-        return self.objective(queries, rows[target_places], batch.packed, proposal)
+        looked = self.model.lookup(batch.routing, batch.outputs)
+        queries = self.engine(looked.rows, looked.features, looked.places, batch.packed.batch_sizes)
+        positives = self.model.candidates.join([rows[places] for rows, places in looked.targets])
+        return self.objective(queries, positives, batch.packed, proposal)
 
     def _counts(self, batches: list[PackedBatch], stop: bool) -> collectives.PendingSum:
         """Sums over micro-batches and ranks, on their way while the forward runs."""
@@ -135,7 +162,7 @@ class TrainingStep:
 
         It comes before the update: every rank makes it, or none does.
         """
-        broken = self._watch.any() | self.model.table.has_broken_gradient()
+        broken = self._watch.any() | self.model.tables.has_broken_gradient()
         sums = torch.stack([loss, broken.to(loss)]).cpu()
         total, broken_ranks = collectives.sum_over_ranks(sums, self.ranks.host, "loss").tolist()
         return total, math.isfinite(total) and not broken_ranks
@@ -143,8 +170,8 @@ class TrainingStep:
     def _broken_names(self, loss: torch.Tensor) -> list[str]:
         """Of what is not finite on this rank, for people."""
         names = [] if bool(loss.isfinite()) else ["loss"]
-        if bool(self.model.table.has_broken_gradient()):
-            names.append("gradient of the item rows")
+        for table in self.model.tables.broken_gradients():
+            names.append(f"gradient of the {'item' if table == ITEM_TABLE else table} rows")
         return names + [f"gradient of {name}" for name in self._watch.broken()]
 
 

@@ -19,9 +19,10 @@ from gru4recf_dist.data import storage
 from gru4recf_dist.data.shard_format import Manifest
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.model.features import FeatureSpec, encoder_order, kept_rows
+from gru4recf_dist.model.subnets import grouped
 from gru4recf_dist.parallel.engines import Engine
 from gru4recf_dist.parallel.ranks import Ranks, from_first
-from gru4recf_dist.table.item_table import ShardedItemTable
+from gru4recf_dist.table.table_group import TableGroup
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,22 @@ def _fitting(config: Config, manifest: Manifest, before: Config, step: int) -> O
     return Origin(step, specs)
 
 
-def load(config: Config, manifest: Manifest, engine: Engine, table: ShardedItemTable, ranks: Ranks) -> None:
-    """Fill the freshly initialised ``engine`` and ``table`` from ``config.init_from``.
+def load(config: Config, manifest: Manifest, engine: Engine, tables: TableGroup, ranks: Ranks) -> None:
+    """Fill the freshly initialised ``engine`` and ``tables`` from ``config.init_from``.
 
     Raises:
         UserError: as `find`.
     """
     origin = find(config, manifest, ranks)
-    rows = kept_rows(origin.specs, recommender.feature_specs(config.model, manifest))
-    kept = {f"feature_embed_layer.{name}": places for name, places in rows.items()}
-    Checkpoints(config.init_from, ranks).load_smaller(origin.step, engine, table, kept)
+    old, new = (
+        grouped(config.model, specs) for specs in (origin.specs, recommender.feature_specs(config.model, manifest))
+    )
+    kept = {}
+    for number, (before, now) in enumerate(zip(old, new, strict=True)):
+        # Of several groups the modules are numbered.
+        prefix = "feature_embed_layer." if len(new) == 1 else f"feature_embed_layer.{number}."
+        kept |= {f"{prefix}{name}": places for name, places in kept_rows(before, now).items()}
+    Checkpoints(config.init_from, ranks).load_smaller(origin.step, engine, tables, kept)
 
 
 def _check_settings(before: Config, config: Config) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gru4recf_dist.parallel.transfers import differentiable_move
 from tests.dist.test_engines import ADAM, STAGES, engine, relative_error, run_each
 from tests.dist.test_precision import OVERFLOW_STEP, overflow
 from tests.support.ranks import run_ranks
@@ -17,7 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 BOUNDS = {"bf16": 0.08, "fp16": 0.02}
 
 
-@pytest.mark.parametrize("loss", ["sampled_softmax", "full_softmax"])
+@pytest.mark.parametrize("loss", ["sampled_softmax", "full_softmax", "bpr_max"])
 def test_a_gpu_makes_the_updates_of_the_cpu(tmp_path, loss):
     write_dataset(str(tmp_path / "data"), random_sessions(0, 41, 30), random_sessions(1, 9, 30))
     options = ("optimizer.name=sgd", "table.optimizer=sgd", f"loss.name={loss}")
@@ -69,7 +70,7 @@ def test_an_fp16_overflow_skips_the_step(tmp_path, data, stage):
         assert torch.equal(result["after"][key], tensor), key
 
 
-@pytest.mark.parametrize("loss", ["sampled_softmax", "full_softmax"])
+@pytest.mark.parametrize("loss", ["sampled_softmax", "full_softmax", "bpr_max"])
 def test_a_table_in_host_memory_makes_the_updates_of_one_beside_the_encoder(tmp_path, data, loss):
     states = {}
     for place in ("cuda", "cpu"):
@@ -80,3 +81,9 @@ def test_a_table_in_host_memory_makes_the_updates_of_one_beside_the_encoder(tmp_
         states[place] = {name: tensor.cpu() for name, tensor in state.items()}
     for name, expected in states["cuda"].items():
         assert relative_error(states["cpu"][name], expected) < 1e-4, name
+
+
+@pytest.mark.parametrize(("origin", "target"), [("cpu", "cuda"), ("cuda", "cpu")])
+def test_moving_rows_passes_gradcheck(origin, target):
+    rows = torch.randn(3, 2, dtype=torch.float64, device=origin, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda given: differentiable_move(given, torch.device(target)), (rows,))

@@ -21,6 +21,8 @@ CLASSIC = ("loss.name=sampled_softmax", "loss.logq=classic", "model.score=cosine
 IN_BATCH = (*SAMPLED, "loss.in_batch=24", "loss.sampler=uniform")
 IN_BATCH_CLASSIC = (*CLASSIC, "loss.in_batch=9")
 FULL = ("loss.name=full_softmax",)
+BPR_MAX = ("loss.name=bpr_max", "loss.in_batch=all", "loss.regularization=0.5")
+TOP1_MAX = ("loss.name=top1_max", "loss.sampler=uniform", "loss.in_batch=7")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,8 @@ def run(world: int, tmp_path, data, name: str, *overrides: str) -> tuple[dict, l
         (ADAM, FULL),
         (ADAM, IN_BATCH_CLASSIC),
         (ADAGRAD, CLASSIC),
+        (SGD, BPR_MAX),
+        (ADAM, TOP1_MAX),
     ],
     ids=[
         "sgd-sampled",
@@ -61,6 +65,8 @@ def run(world: int, tmp_path, data, name: str, *overrides: str) -> tuple[dict, l
         "adam-full",
         "adam-in-batch-classic",
         "adagrad-classic-cosine",
+        "sgd-bpr-max-in-batch",
+        "adam-top1-max",
     ],
 )
 def test_float64_updates_are_equal_at_1_2_and_4_ranks(tmp_path, data, optimizers, loss):

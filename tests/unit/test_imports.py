@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "gru4recf_dist.evaluation": ("gru4recf_dist.table", "gru4recf_dist.recommender", *RUN_TIME),
     "gru4recf_dist.planning": RUN_TIME,
     "gru4recf_dist.stopping": (),
+    "gru4recf_dist.strategies": BASE,
     "gru4recf_dist.broken_steps": ("gru4recf_dist.data", "gru4recf_dist.parallel", *BASE),
     "gru4recf_dist.checkpoint": (
         "gru4recf_dist.checkpoint_blocks",

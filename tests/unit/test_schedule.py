@@ -59,3 +59,10 @@ def test_factor_stays_between_zero_and_one_in_the_shortest_runs(name, total, war
 def test_steps_beyond_the_end_keep_the_final_factor(name):
     config = ScheduleConfig(name=name, final=0.3)
     assert factor(config, 25, 10) == pytest.approx(0.3)
+
+
+def test_each_drop_of_a_plateau_takes_its_factor_after_warm_up():
+    config = ScheduleConfig(name="plateau", plateau_factor=0.3, warmup_steps=2)
+    assert [factor(config, step, 9, drops) for step, drops in ((0, 0), (1, 0), (2, 0), (5, 1), (8, 2))] == (
+        pytest.approx([0.5, 1.0, 1.0, 0.3, 0.09])
+    )

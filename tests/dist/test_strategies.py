@@ -113,14 +113,14 @@ def test_what_is_frozen_keeps_every_bit_and_is_not_sent(tmp_path, data):  # noqa
             size = sum(tensor.nbytes for tensor in trained)
             assert [result[name][1][step] for result in results] == [size] * 2, (name, step)
             # Two ranks each send as much as there is to reduce.
-            assert lines[step]["wire/encoder_gradients_bytes"] == 2 * size
+            assert lines[step]["perf/wire/encoder_gradients_bytes"] == 2 * size
             # The gradients of rows go back only if one of the tables is trained.
             tables = {key.partition(".")[0] for key in after if not key.startswith(("encoder.", "optimizer."))}
             is_any = any(owner(f"{table}.weight") in (turn, None) for table in tables)
-            assert ("wire/row_gradients_bytes" in lines[step]) == is_any, (name, step)
-            assert ("wire/negative_gradients_bytes" in lines[step]) == is_any, (name, step)
+            assert ("perf/wire/row_gradients_bytes" in lines[step]) == is_any, (name, step)
+            assert ("perf/wire/negative_gradients_bytes" in lines[step]) == is_any, (name, step)
     # In one of these nothing goes back while the feature subnet has its turn.
-    assert "wire/row_gradients_bytes" not in logged_lines(tmp_path / "shared-parts")[EPOCH]
+    assert "perf/wire/row_gradients_bytes" not in logged_lines(tmp_path / "shared-parts")[EPOCH]
 
 
 def train_and_break(ranks: Ranks, configs: dict[str, tuple[Config, Config]], stops: list[int]) -> dict[str, tuple]:

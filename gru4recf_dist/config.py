@@ -23,18 +23,26 @@ from gru4recf_dist.data.storage_config import StorageConfig
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.section import Section
 
+Pooling = Literal["mean", "sum", "max"]
+
 
 class ModelConfig(Section):
     """GRU4RecF. ``dropout`` acts on item embeddings (RecBole's only dropout); 0 switches off every dropout."""
 
     fusion: Literal["concat_output", "item_only"] = "concat_output"
     features: list[str] | Literal["all"] = "all"
+    event_features: list[str] | Literal["all"] = "all"
+    event_input: Literal["auto", "items", "features"] = Field(
+        "auto", description="RNN that event features are an input of; auto: that of the features, where there is one"
+    )
     embedding_size: PositiveInt = 64
     hidden_size: PositiveInt = 128
     num_layers: PositiveInt = 1
-    pooling: Literal["mean", "sum", "max"] = "mean"
+    feature_sizes: dict[str, PositiveInt] = Field({}, description="(event) feature -> its embedding size, if not that")
+    pooling: Pooling = "mean"
+    feature_pooling: dict[str, Pooling] = Field({}, description="token_seq feature -> its pooling, if another one")
     dropout: float = Field(0.3, ge=0.0, lt=1.0)
-    dropout_feature: float = Field(0.0, ge=0.0, lt=1.0, description="on the embedded features")
+    dropout_feature: float = Field(0.0, ge=0.0, lt=1.0, description="on the embedded features, of items and events")
     dropout_hidden: float = Field(0.0, ge=0.0, lt=1.0, description="on the concatenated RNN outputs")
     score: Literal["dot", "cosine"] = "dot"
     temperature: PositiveFloat = Field(1.0, description="scores are divided by it")

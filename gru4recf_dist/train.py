@@ -91,6 +91,7 @@ def check(config: Config) -> str:
     if config.init_from is not None and newest is None:
         warm_start.find(config, manifest)
     features = [manifest.feature(spec.name) for spec in specs]
+    recommender.event_specs(config.model, manifest)
     parts = [manifest.popularity, *(part for feature in features for part in (feature.values, feature.indptr) if part)]
     _check_presence(config.data, parts, "a part of the data set")
     for split, info in manifest.splits.items():

@@ -282,6 +282,7 @@ class Trainer:
             "training_data": self.manifest.training_digest,
             # What a run that starts from this one on a grown data set has to know of the embedded vocabularies.
             "features": [vars(spec) for spec in recommender.feature_specs(self.config.model, self.manifest)],
+            "event_features": [vars(spec) for spec in recommender.event_specs(self.config.model, self.manifest)],
         }
         self.saver.save(self.progress.step, self.engine, self.table, state, is_best)
         self._window.started += time.perf_counter() - started

@@ -66,7 +66,9 @@ class TrainingStep:
         It reads no row and no weight, so it may run while the update before is made: rows would be stale.
         """
         loader, partition = self.config.loader, self.model.table.partition
-        packed = pack_micro_batches(block, self.config.accumulation, loader.max_length, loader.context)
+        packed = pack_micro_batches(
+            block, self.config.accumulation, loader.max_length, loader.context, self.model.event_features
+        )
         return [MicroBatch(batch, route(partition, batch.items, batch.targets)) for batch in packed]
 
     def __call__(self, batches: list[MicroBatch], step: int, factor: float, stop: bool) -> StepResult:
@@ -114,7 +116,8 @@ class TrainingStep:
         exchange = table.exchange(batch.routing)
         features = self.model.features.lookup(exchange)
         rows = table.lookup(exchange)
-        queries = self.engine(rows, features, item_places, batch.packed.batch_sizes)
+        events = {name: values.to(self.ranks.device) for name, values in batch.packed.event_features.items()}
+        queries = self.engine(rows, features, item_places, batch.packed.batch_sizes, events)
         return self.objective(queries, rows[target_places], batch.packed, proposal)
 
     def _counts(self, batches: list[PackedBatch], stop: bool) -> collectives.PendingSum:

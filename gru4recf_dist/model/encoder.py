@@ -10,12 +10,14 @@ Shapes: T packed events, L longest sequence, U distinct items, D embedding size,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from gru4recf_dist.config import ModelConfig
+from gru4recf_dist.model.event_features import EventInputs
 from gru4recf_dist.model.features import FeatureEmbedding, FeatureSpec
 from gru4recf_dist.model.packed_gru import PackedGRU
 from gru4recf_dist.model.scoring import transform_rows
@@ -28,19 +30,29 @@ class SessionEncoder(nn.Module):
         config: the model section of the configuration.
         specs: features to use; empty with ``fusion: item_only``.
         compute_dtype: what autocast computes in, while training; None: in the parameters' type, as always otherwise.
+        events: event features to use.
     """
 
-    def __init__(self, config: ModelConfig, specs: list[FeatureSpec], compute_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        specs: list[FeatureSpec],
+        compute_dtype: torch.dtype | None = None,
+        events: Sequence[FeatureSpec] = (),
+    ) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
         hidden = config.hidden_size
-        self.item_gru_layers = PackedGRU(config.embedding_size, hidden, config.num_layers)
+        self.event_inputs = EventInputs(config, list(events))
+        width = config.embedding_size + self.event_inputs.width("items")
+        self.item_gru_layers = PackedGRU(width, hidden, config.num_layers)
         self.feature_embed_layer: FeatureEmbedding | None = None
         if config.fusion == "concat_output":
             if not specs:
                 raise ValueError("fusion concat_output needs at least one feature")
             self.feature_embed_layer = FeatureEmbedding(specs, config.embedding_size, config.pooling)
-            self.feature_gru_layers = PackedGRU(self.feature_embed_layer.width, hidden, config.num_layers)
+            width = self.feature_embed_layer.width + self.event_inputs.width("features")
+            self.feature_gru_layers = PackedGRU(width, hidden, config.num_layers)
         paths = 1 if self.feature_embed_layer is None else 2
         self.dense_layer = nn.Linear(paths * hidden, config.embedding_size)
         self.dropout = nn.Dropout(config.dropout)
@@ -56,6 +68,7 @@ class SessionEncoder(nn.Module):
         features: dict[str, torch.Tensor],
         places: torch.Tensor,
         batch_sizes: torch.Tensor,
+        events: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Encode packed sessions.
 
@@ -64,6 +77,7 @@ class SessionEncoder(nn.Module):
             features: of the same items, as `FeatureEmbedding.forward` takes them.
             places: int64 [T], the distinct item of each packed event.
             batch_sizes: int64 [L], on the CPU.
+            events: event features of the packed events, [T] each.
 
         Returns:
             queries [T, D]: their dot products with `candidate rows <transform_rows>` are the scores.
@@ -71,11 +85,12 @@ class SessionEncoder(nn.Module):
         # In here and not around the engine: DeepSpeed switches off an autocast that it was not told of.
         half = self.training and self.compute_dtype is not None
         with torch.autocast(rows.device.type, self.compute_dtype or torch.bfloat16, enabled=half):
-            embedded = self.dropout(rows[places])
+            embedded = self.event_inputs.beside("items", self.dropout(rows[places]), events)
             hidden = _run(self.item_gru_layers, embedded, batch_sizes)
             if self.feature_embed_layer is not None:
                 # Each distinct item's features are embedded once, however often it occurs.
                 described = self.dropout_feature(self.feature_embed_layer(features)[places])
+                described = self.event_inputs.beside("features", described, events)
                 hidden = torch.cat([hidden, _run(self.feature_gru_layers, described, batch_sizes)], dim=-1)
             output = self.dense_layer(self.dropout_hidden(hidden))
         # Scores and what follows them are not for half precision.

@@ -81,10 +81,9 @@ def _encoder(workload: Workload) -> float:
 def _activation_elements(workload: Workload) -> int:
     """Kept for backward of each event, with as much again for the gradients that are alive at the peak."""
     model = workload.config.model
-    fields = len(workload.features)
-    paths = 2 if fields else 1
+    paths = len(workload.rnn_inputs)
     # Inputs before and after dropout; of a GRU the three gates, the candidate's product, state and output.
-    kept = 2 * model.embedding_size * (1 + fields) + paths * model.num_layers * 6 * model.hidden_size
+    kept = 2 * sum(workload.rnn_inputs) + paths * model.num_layers * 6 * model.hidden_size
     # Outputs of both paths before and after dropout; query, positive, and their product.
     kept += 2 * paths * model.hidden_size + 3 * model.embedding_size
     return 2 * kept

@@ -94,12 +94,11 @@ def wire_seconds(sent: dict[str, float], world: int, machine: Machine) -> float:
 
 def _products(workload: Workload) -> int:
     """Multiplications of weights with an event in the encoder's forward."""
-    model, fields = workload.config.model, len(workload.features)
-    total = 0
-    for width in [model.embedding_size, *([fields * model.embedding_size] if fields else [])]:
+    model, total = workload.config.model, 0
+    for width in workload.rnn_inputs:
         total += 3 * model.hidden_size * (width + model.hidden_size)
         total += (model.num_layers - 1) * 6 * model.hidden_size**2
-    return total + (2 if fields else 1) * model.hidden_size * model.embedding_size
+    return total + len(workload.rnn_inputs) * model.hidden_size * model.embedding_size
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------

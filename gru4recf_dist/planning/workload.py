@@ -41,6 +41,7 @@ class Workload:
         items: N.
         world: ranks, one a GPU.
         session_events: mean events of a training session.
+        event_features: as the encoder embeds them; they lie in the shards and travel nowhere.
     """
 
     config: Config
@@ -49,6 +50,7 @@ class Workload:
     session_events: float
     features: tuple[ItemFeature, ...]
     popularity: Popularity
+    event_features: tuple[FeatureSpec, ...] = ()
 
     @property
     def host_table(self) -> bool:
@@ -79,10 +81,21 @@ class Workload:
 
     @cached_property
     def encoder_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self._encoder.parameters())
+
+    @property
+    def rnn_inputs(self) -> list[int]:
+        """Width of the inputs of each RNN."""
+        encoder = self._encoder
+        rnns = [encoder.item_gru_layers, *([encoder.feature_gru_layers] if self.features else [])]
+        return [rnn.input_size for rnn in rnns]
+
+    @cached_property
+    def _encoder(self) -> SessionEncoder:
         # Without memory: the vocabularies of features can be large.
         with torch.device("meta"):
-            encoder = SessionEncoder(self.config.model, [feature.spec for feature in self.features])
-        return sum(parameter.numel() for parameter in encoder.parameters())
+            specs = [feature.spec for feature in self.features]
+            return SessionEncoder(self.config.model, specs, events=self.event_features)
 
 
 @dataclass(frozen=True)

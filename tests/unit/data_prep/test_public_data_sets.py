@@ -19,11 +19,11 @@ def events_after(data: Prepared, step: str) -> int:
     return next(row["events"] for row in data.manifest["report"] if row.get("step") == step)
 
 
-def standardized(values: dict[str, float], missing: list[str] = ()) -> dict[str, float]:
-    """All of ``values`` are of items with training events; a missing one is the mean."""
+def standardized(values: dict[str, float], missing: list[str] = ()) -> dict[str, float | None]:
+    """All of ``values`` are of items with training events."""
     numbers = np.array(list(values.values()))
     scaled = (numbers - numbers.mean()) / numbers.std()
-    return {**dict(zip(values, scaled, strict=True)), **dict.fromkeys(missing, 0.0)}
+    return {**dict(zip(values, scaled, strict=True)), **dict.fromkeys(missing)}
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_retailrocket_with_other_properties_and_all_events(raw, prepared):
     assert data.contents("train") == sorted([[a, b, c]] * 5 + [[a, b], [c, c], [a, a, b, b, b, a]])
     assert feature_values(data, "available") == {a: None, b: None, c: "1"}
     assert feature_values(data, "words") == {a: [], b: ["1116713", "960601", "n277.200"], c: []}
-    assert feature_values(data, "price") == {a: 15360.0, b: 0.0, c: 9.5}
+    assert feature_values(data, "price") == {a: 15360.0, b: None, c: 9.5}
 
 
 def otto_line(session: int, start: int, *events: tuple[int, str]) -> str:

@@ -20,6 +20,7 @@ from tests.support.synthetic import EVENT_FEATURES, event_values, random_session
 from tests.unit.test_fuzz_reader import DATA, SESSIONS, answer, edits, fuzz, info_of, put
 from tests.unit.test_shards import _members, _npy, _tar
 
+pytestmark = pytest.mark.filterwarnings("ignore:Reading `.npy`")
 VALUES = [event_values(number, session) for number, session in enumerate(SESSIONS)]
 
 

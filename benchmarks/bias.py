@@ -24,6 +24,7 @@ from gru4recf_dist.data.batches import PackedBatch
 from gru4recf_dist.objective import Objective
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.parallel.ranks import Ranks
+from gru4recf_dist.table.candidates import CandidatePart, Candidates
 from gru4recf_dist.table.item_table import ShardedItemTable
 from gru4recf_dist.table.negatives import NegativeSampler
 
@@ -67,7 +68,7 @@ class _Problem:
         self.targets, self.weights = torch.from_numpy(targets), torch.ones(arguments.events)
         table = self._table(_config({}))
         self.queries = 0.25 * (table.weight[self.targets] + torch.from_numpy(noise))
-        self.reference = self._gradient(Objective(_config({"name": "full_softmax"}), table, None), step=0)
+        self.reference = self._gradient(Objective(_config({"name": "full_softmax"}), _candidates(table), None), step=0)
 
     def sampler(self, loss: dict) -> NegativeSampler:
         return NegativeSampler(self.popularity, _config(loss).loss, seed=1)
@@ -75,7 +76,7 @@ class _Problem:
     def measure(self, loss: dict, draws: int) -> tuple[float, float]:
         """Relative bias and spread of the gradient over ``draws`` steps."""
         config = _config(loss)
-        objective = Objective(config, self._table(config), self.sampler(loss))
+        objective = Objective(config, _candidates(self._table(config)), self.sampler(loss))
         mean, squares = torch.zeros_like(self.reference), torch.zeros_like(self.reference)
         for number, gradient in enumerate(self._gradients(objective, draws), 1):
             change = gradient - mean
@@ -94,7 +95,8 @@ class _Problem:
 
     def _gradient(self, objective: Objective, step: int) -> torch.Tensor:
         """Of the mean loss, for the rows of the table and the queries: one vector."""
-        table, before = objective.table, objective.table.weight.clone()
+        table = objective.candidates.parts[0].table
+        before = table.weight.clone()
         queries, positives = self.queries.clone().requires_grad_(), before[self.targets].requires_grad_()
         batch = PackedBatch(self.targets, self.targets, self.weights, torch.ones(1), 0, 0, 0)
         loss = objective(queries, positives, batch, objective.propose([batch], step)) / len(self.targets)
@@ -105,6 +107,10 @@ class _Problem:
         rows.index_add_(0, self.targets, positives.grad)
         table.weight.copy_(before)
         return torch.cat([rows.flatten(), queries.grad.flatten()])
+
+
+def _candidates(table: ShardedItemTable) -> Candidates:
+    return Candidates([CandidatePart(table, "dot")])
 
 
 def _config(loss: dict) -> Config:

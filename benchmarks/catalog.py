@@ -102,8 +102,7 @@ def _measure(config: Config, steps: int, skip: int) -> None:
                 started = time.perf_counter()
                 trainer.update(next(batches))
                 seconds.append(time.perf_counter() - started)
-    table = trainer.table
-    share = sum(tensor.nbytes for tensor in (table.weight, *table.optimizer.state.values()))
+    share = sum(tensor.to_local().nbytes for tensor in trainer.model.tables.state_dict().values())
     held = memory.of_largest_rank(share, ranks)
     if ranks.is_first:
         _report(seconds[skip:], held)

@@ -86,7 +86,7 @@ def _measure(config: Config) -> None:
     started = time.perf_counter()
     targets = evaluator.evaluate(model, "test")["test"]["targets"]
     seconds = time.perf_counter() - started
-    held = memory.of_largest_rank(model.table.weight.nbytes, ranks)
+    held = memory.of_largest_rank(sum(table.weight.nbytes for table in model.tables), ranks)
     if ranks.is_first:
         print(json.dumps({"seconds": seconds, "targets": targets, **held}), flush=True)
     process_ranks.wait_for_all(ranks)

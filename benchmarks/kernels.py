@@ -26,6 +26,7 @@ from gru4recf_dist.model.encoder import SessionEncoder
 from gru4recf_dist.model.features import FeatureSpec
 from gru4recf_dist.model.losses import NOTHING, sampled_softmax
 from gru4recf_dist.parallel import ranks as process_ranks
+from gru4recf_dist.table.candidates import CandidatePart, Candidates
 from gru4recf_dist.table.item_table import ShardedItemTable
 
 PRODUCT_SIZE = 2048
@@ -132,10 +133,11 @@ def _counting(arguments) -> tuple[Callable[[], object], float]:
     queries, targets = torch.randn(count, arguments.dim), torch.randint(1, arguments.items + 1, (count,))
     scores = (queries.double() * table.weight[targets].double()).sum(dim=1)
 
+    candidates = Candidates([CandidatePart(table, "dot")])
     tile_rows = default_tile_rows(queries.device, arguments.dim)
 
     def work() -> torch.Tensor:
-        return count_above(queries, targets, scores, table, "dot", tile_rows, evaluation.ties)
+        return count_above(queries, targets, scores, candidates, tile_rows, evaluation.ties)
 
     return work, 2.0 * count * arguments.items * arguments.dim
 

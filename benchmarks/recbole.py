@@ -249,7 +249,7 @@ def _time_topk(trainer: Trainer, config: Config, arguments: argparse.Namespace) 
     for block in blocks:
         batch = pack_queries(block, config.loader.max_length, config.loader.context, every_position=False)
         queries = model.encode(batch.items, batch.batch_sizes)[batch.positions]
-        top_k(queries, TOP_K, model.table, config.model.score, config.evaluation.tile_rows)
+        top_k(queries, TOP_K, model.candidates, config.evaluation.tile_rows)
     return {"topk_seconds": time.process_time() - started, "topk_sessions": sessions}
 
 

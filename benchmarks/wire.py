@@ -23,7 +23,8 @@ import torch
 from benchmarks.measuring import ONLY_STEPS, launch, print_table
 from gru4recf_dist import config as configuration
 from gru4recf_dist.config import Config
-from gru4recf_dist.errors import exits_cleanly
+from gru4recf_dist.errors import UserError, exits_cleanly
+from gru4recf_dist.model.subnets import ITEM_TABLE, has_item_subnet, output_parts
 from gru4recf_dist.parallel import collectives, traffic
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.parallel.replicated import parameter_bytes
@@ -61,7 +62,13 @@ def _cells(sent: float, least: float) -> list[str]:
 
 def _config(arguments: argparse.Namespace, run_dir: str) -> Config:
     settings = [*ONLY_STEPS, *arguments.overrides, f"run_dir={run_dir}", f"max_steps={arguments.steps}"]
-    return configuration.load(arguments.config, settings)
+    config = configuration.load(arguments.config, settings)
+    only_items = has_item_subnet(config.model) and {part.table for part in output_parts(config.model)} == {ITEM_TABLE}
+    if config.training.strategy != "simultaneous" or not only_items:
+        raise UserError(
+            "model, training: the least is known where item rows are inputs and outputs, and all is trained"
+        )
+    return config
 
 
 def _worker(config: Config) -> None:

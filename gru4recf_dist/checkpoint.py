@@ -28,9 +28,10 @@ from gru4recf_dist.checkpoint_files import CheckpointReader, CheckpointWriter, s
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.errors import UserError, redacted
+from gru4recf_dist.model.subnets import ITEM_TABLE
 from gru4recf_dist.parallel.engines import Engine
 from gru4recf_dist.parallel.ranks import Ranks, from_each, from_first
-from gru4recf_dist.table.item_table import ShardedItemTable
+from gru4recf_dist.table.table_group import TableGroup
 
 _log = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ class Checkpoints:
         if self.ranks.is_first:
             _log.warning("%s", redacted(text))
 
-    def load(self, step: int, engine: Engine | None, encoder: torch.nn.Module, table: ShardedItemTable) -> dict:
+    def load(self, step: int, engine: Engine | None, encoder: torch.nn.Module, tables: TableGroup) -> dict:
         """Fill engine (or, without one, the plain encoder) and table from the checkpoint of ``step``.
 
         Returns:
@@ -192,27 +193,27 @@ class Checkpoints:
         """
         commit = read_commit(self.folder, step)
         if engine is not None:
-            tensors = state_tensors(engine, table)
+            tensors = state_tensors(engine, tables)
         else:
             tensors = {f"encoder.{name}": tensor.detach() for name, tensor in encoder.named_parameters()}
-            tensors["table.weight"] = table.state_dict()["weight"]
+            tensors |= tables.weights()
         self._read(step, tensors)
         if engine is not None:
             engine.load_state_dict(tensors)
-            table.optimizer.steps = commit["table_steps"]
+            tables.set_steps(_table_steps(commit))
         return commit["state"]
 
     def load_smaller(
         self,
         step: int,
         engine: Engine,
-        table: ShardedItemTable,
+        tables: TableGroup,
         kept_rows: dict[str, torch.Tensor],
         fresh: Collection[str] = (),
     ) -> None:
-        """Fill engine and table from the checkpoint of a smaller model; rows that it did not have stay as they are.
+        """Fill engine and tables from the checkpoint of a smaller model; rows that it did not have stay as they are.
 
-        Every rank reads the rows that are its own now straight into the table. The encoder's tensors are small: they
+        Every rank reads the rows that are its own now straight into the tables. The encoder's tensors are small: they
         are read at their saved size and put into the present ones afterwards.
 
         Args:
@@ -223,7 +224,7 @@ class Checkpoints:
             UserError: the checkpoint is damaged, or does not fit into the present model.
         """
         state, sizes = engine.state_dict(), self._saved_sizes(step)
-        table_state = {f"table.{name}": tensor for name, tensor in table.state_dict().items()}
+        table_state = tables.state_dict()
         begun = {name for name in state for parameter in fresh if _is_of(name, parameter)}
         for name, present in {**state, **table_state}.items():
             if name in begun:
@@ -235,7 +236,7 @@ class Checkpoints:
                     f"{commits.step_url(self.folder, step)}: '{name}' does not fit into {list(present.shape)}"
                 )
         own_rows = {name: tensor.to_local() for name, tensor in table_state.items()}
-        self._read(step, own_rows, RowsLoadPlanner(dict.fromkeys(own_rows, table.own.start)))
+        self._read(step, own_rows, RowsLoadPlanner(dict.fromkeys(own_rows, tables.own.start)))
         loaded = {name: present.new_empty(sizes[name]) for name, present in state.items() if name not in begun}
         self._read(step, loaded)
         loaded |= {name: state[name].clone() for name in begun}
@@ -245,7 +246,7 @@ class Checkpoints:
                     # A copy: the engine may have given out its own tensors.
                     loaded[name] = present.clone().index_copy_(0, places.to(present.device), loaded[name])
         engine.load_state_dict(loaded)
-        table.optimizer.steps = read_commit(self.folder, step)["table_steps"]
+        tables.set_steps(_table_steps(read_commit(self.folder, step)))
 
     def _saved_sizes(self, step: int) -> dict[str, torch.Size]:
         """The size of every saved tensor, by its name."""
@@ -276,20 +277,23 @@ def weight_settings(config: Config) -> dict[str, Any]:
         "precision": f"{'fp64' if config.precision == 'fp64' else 'fp32'} weights",
         "table.optimizer": config.table.optimizer,
         "optimizer.name": config.optimizer.name,
-        **{f"model.{name}": value for name, value in config.model if not name.startswith("dropout")},
+        **{f"model.{name}": value for name, value in config.model if not name.startswith(("dropout", "fusion_"))},
+        "model.output_table": "tied" if config.model.tied else "untied",
     }
 
 
-def state_tensors(engine: Engine, table: ShardedItemTable) -> dict[str, torch.Tensor]:
+def state_tensors(engine: Engine, tables: TableGroup) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, by name; they share memory with the parts that are trained."""
-    return _named(engine.state_dict(), table.state_dict())
+    return {**engine.state_dict(), **tables.state_dict()}
 
 
-def copied_tensors(engine: Engine, table: ShardedItemTable) -> dict[str, torch.Tensor]:
+def copied_tensors(engine: Engine, tables: TableGroup) -> dict[str, torch.Tensor]:
     """`state_tensors` as they are now, copied to the host's memory."""
     state = {name: tensor.to("cpu", copy=True) for name, tensor in engine.state_dict().items()}
-    return _named(state, table.host_copy())
+    return {**state, **tables.host_copy()}
 
 
-def _named(engine_state: dict[str, torch.Tensor], table_state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {**engine_state, **{f"table.{name}": tensor for name, tensor in table_state.items()}}
+def _table_steps(commit: dict[str, Any]) -> dict[str, int]:
+    """Updates of each table; checkpoints of earlier versions have one table and its number."""
+    steps = commit["table_steps"]
+    return steps if isinstance(steps, dict) else {ITEM_TABLE: steps}

@@ -23,7 +23,8 @@ from gru4recf_dist.monitoring import Monitor
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel.engines import Engine
 from gru4recf_dist.parallel.ranks import Ranks
-from gru4recf_dist.table.item_table import ShardedItemTable
+from gru4recf_dist.parallel.whereabouts import HERE
+from gru4recf_dist.table.table_group import TableGroup
 
 GIB = 1 << 30
 
@@ -58,12 +59,14 @@ class CheckpointSaver:
 
     def __init__(self, checkpoints: Checkpoints, config: CheckpointConfig, ranks: Ranks, monitor: Monitor) -> None:
         self._checkpoints, self._config, self._ranks, self._monitor = checkpoints, config, ranks, monitor
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if config.in_background else None
+        self._thread = None
+        if config.in_background:
+            self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=HERE.ignore_this_thread)
         self._last: _Write | None = None
         self._pending: Future[None] | None = None
         self._failures = 0
 
-    def save(self, step: int, engine: Engine, table: ShardedItemTable, state: dict[str, Any], best: bool) -> None:
+    def save(self, step: int, engine: Engine, tables: TableGroup, state: dict[str, Any], best: bool) -> None:
         """Begin to write the checkpoint of ``step``, once the one before it is written; or write it.
 
         Args:
@@ -78,15 +81,15 @@ class CheckpointSaver:
         self._monitor.flush()
         write = _Write(step, best, time.perf_counter())
         # Through JSON: what it was made from changes with the next step.
-        commit = {"table_steps": table.optimizer.steps, "world_size": self._ranks.world, "state": state}
+        commit = {"table_steps": tables.steps, "world_size": self._ranks.world, "state": state}
         commit = json.loads(json.dumps(commit))
         self._last = write
         if self._thread is None:
-            self._write(write, state_tensors(engine, table), commit, self._ranks)
+            self._write(write, state_tensors(engine, tables), commit, self._ranks)
             write.waited_seconds = write.seconds
             self._settle()
             return
-        tensors = copied_tensors(engine, table)
+        tensors = copied_tensors(engine, tables)
         self._pending = self._thread.submit(self._write, write, tensors, commit, self._ranks.in_background())
         write.waited_seconds = time.perf_counter() - write.started
 
@@ -156,7 +159,7 @@ class CheckpointSaver:
         self._monitor.scalars(write.step, {f"checkpoint/{name}": value for name, value in figures.items()})
 
 
-def check_finite(step: int, encoder: nn.Module, table: ShardedItemTable, ranks: Ranks) -> None:
+def check_finite(step: int, encoder: nn.Module, tables: TableGroup, ranks: Ranks) -> None:
     """A finite loss may have a gradient that is not: a checkpoint of what it left could never be resumed.
 
     Args:
@@ -166,7 +169,7 @@ def check_finite(step: int, encoder: nn.Module, table: ShardedItemTable, ranks: 
         UserError: a weight is not finite, on whichever rank.
     """
     dense = [(~weight.detach().isfinite()).any() for weight in encoder.parameters()]
-    broken = torch.tensor(table.has_broken_row() or bool(torch.stack(dense).any()), dtype=torch.int64)
+    broken = torch.tensor(tables.has_broken_row() or bool(torch.stack(dense).any()), dtype=torch.int64)
     if int(collectives.sum_over_ranks(broken, ranks.host)):
         raise UserError(
             f"step {step}: the weights are not finite; this checkpoint was not written. "

@@ -6,7 +6,7 @@ run's folder as `config.yaml`. Every key, its default and its bounds are declare
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -24,16 +24,35 @@ from gru4recf_dist.errors import UserError
 from gru4recf_dist.section import Section
 
 Pooling = Literal["mean", "sum", "max"]
+# Fusions whose output matrices act on the RNNs' outputs themselves; the others have a dense layer in between.
+WITHOUT_DENSE = ("parallel", "shared_w", "interaction")
+# Fusions that sum the RNNs' outputs with learned weights.
+WEIGHTED = ("weighted_sum", "shared_w")
 
 
 class ModelConfig(Section):
-    """GRU4RecF. ``dropout`` acts on item embeddings (RecBole's only dropout); 0 switches off every dropout."""
+    """GRU4RecF. ``dropout`` acts on item embeddings (RecBole's only dropout); 0 switches off every dropout.
 
-    fusion: Literal["concat_output", "item_only"] = "concat_output"
+    docs/architectures.md has the formula of each ``fusion``.
+    """
+
+    fusion: Literal[
+        "concat_input",
+        "concat_output",
+        "weighted_sum",
+        "parallel",
+        "shared_w",
+        "interaction",
+        "item_only",
+        "feature_only",
+    ] = "concat_output"
     features: list[str] | Literal["all"] = "all"
+    feature_groups: list[Annotated[list[str], Field(min_length=1)]] | None = Field(
+        None, min_length=1, description="an RNN for each group of features, [[a, b], [c]]; null: one for all of them"
+    )
     event_features: list[str] | Literal["all"] = "all"
     event_input: Literal["auto", "items", "features"] = Field(
-        "auto", description="RNN that event features are an input of; auto: that of the features, where there is one"
+        "auto", description="RNN that event features go into; auto: the (first) one of the features, where there is one"
     )
     embedding_size: PositiveInt = 64
     hidden_size: PositiveInt = 128
@@ -41,17 +60,66 @@ class ModelConfig(Section):
     feature_sizes: dict[str, PositiveInt] = Field({}, description="(event) feature -> its embedding size, if not that")
     pooling: Pooling = "mean"
     feature_pooling: dict[str, Pooling] = Field({}, description="token_seq feature -> its pooling, if another one")
+    fusion_weights: list[float] | None = Field(
+        None, description="initial weights of the item RNN's and each feature RNN's output; null: equal, of sum 1"
+    )
+    output_table: Literal["auto", "tied", "untied"] = Field(
+        "auto",
+        description="whether item rows are output rows too, or outputs have a table of their own; auto: tied where "
+        "there is a dense layer, else untied",
+    )
+    output_bias: bool = Field(False, description="a learned number for each item is added to its scores")
     dropout: float = Field(0.3, ge=0.0, lt=1.0)
     dropout_feature: float = Field(0.0, ge=0.0, lt=1.0, description="on the embedded features, of items and events")
-    dropout_hidden: float = Field(0.0, ge=0.0, lt=1.0, description="on the concatenated RNN outputs")
+    dropout_hidden: float = Field(0.0, ge=0.0, lt=1.0, description="on the RNN outputs, once they are put together")
+    dropout_output: float = Field(0.0, ge=0.0, lt=1.0, description="on what is compared with the items")
     score: Literal["dot", "cosine"] = "dot"
-    temperature: PositiveFloat = Field(1.0, description="scores are divided by it")
+    temperature: PositiveFloat = Field(1.0, description="scores are divided by it, the output bias is not")
     learn_temperature: bool = False
+
+    @property
+    def subnet_count(self) -> int:
+        """RNNs, each with what belongs to it alone."""
+        if self.fusion in ("item_only", "concat_input"):
+            return 1
+        return (self.fusion != "feature_only") + len(self.feature_groups or [[]])
+
+    @property
+    def tied(self) -> bool:
+        """Whether item rows are output rows too."""
+        return self.output_table == "tied" or (self.output_table == "auto" and self.fusion not in WITHOUT_DENSE)
 
     @model_validator(mode="after")
     def _zero_dropout_is_zero_everywhere(self) -> ModelConfig:
         if self.dropout == 0.0:
-            self.dropout_feature = self.dropout_hidden = 0.0
+            self.dropout_feature = self.dropout_hidden = self.dropout_output = 0.0
+        return self
+
+    @model_validator(mode="after")
+    def _fusion_fits(self) -> ModelConfig:
+        fusion, groups = self.fusion, self.feature_groups
+        if groups is not None:
+            if fusion in ("item_only", "concat_input"):
+                raise ValueError(f"feature_groups is not for fusion {fusion}, which has no RNN of features")
+            names = [name for group in groups for name in group]
+            if len(set(names)) < len(names):
+                raise ValueError("feature_groups names a feature twice")
+            if self.features != "all" and set(self.features) != set(names):
+                raise ValueError("feature_groups names other features than features (which may be left out)")
+        if self.fusion_weights is not None:
+            if fusion not in WEIGHTED:
+                raise ValueError(f"fusion_weights is not for fusion {fusion} ({' and '.join(WEIGHTED)} have weights)")
+            if len(self.fusion_weights) != self.subnet_count:
+                raise ValueError(
+                    f"fusion_weights must be {self.subnet_count}, the item RNN's and one for each RNN of features"
+                )
+        if fusion == "feature_only" and self.output_table == "untied":
+            raise ValueError("output_table cannot be untied with fusion feature_only: item rows are outputs only")
+        if fusion in WITHOUT_DENSE and self.tied and self.hidden_size != self.embedding_size:
+            raise ValueError(
+                f"output_table tied with fusion {fusion} needs hidden_size ({self.hidden_size}) to be "
+                f"embedding_size ({self.embedding_size}): there is no dense layer in between"
+            )
         return self
 
 
@@ -101,12 +169,41 @@ class LossScaleConfig(Section):
     largest: float = Field(float(1 << 24), ge=1.0)
 
 
+class NonFiniteConfig(Section):
+    """Steps whose loss or gradients are not finite: no rank updates anything, and the batch is kept for a replay."""
+
+    policy: Literal["stop", "skip"] = Field("stop", description="end the run, or go on with the next batch")
+    max_skips: PositiveInt = Field(10, description="steps in a row that are skipped until the run ends")
+
+
 class ScheduleConfig(Section):
     """Learning-rate factor, for encoder and table alike: linear warm-up, then the named decay to ``final``."""
 
     name: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: NonNegativeInt = 0
     final: float = Field(0.0, ge=0.0, le=1.0, description="factor at the last step")
+
+
+class TrainingConfig(Section):
+    """Which subnets an update trains; the others are left as they are, to the bit (docs/architectures.md)."""
+
+    strategy: Literal["simultaneous", "alternating", "residual", "interleaving"] = "simultaneous"
+    epochs_per_phase: PositiveInt | list[PositiveInt] | None = Field(
+        None, description="alternating, residual: epochs until the next subnet's turn, or a list of each one's"
+    )
+
+    def phase_epochs(self, subnets: int) -> list[int]:
+        """Epochs of each subnet's turn."""
+        given = 1 if self.epochs_per_phase is None else self.epochs_per_phase
+        return given if isinstance(given, list) else [given] * subnets
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> TrainingConfig:
+        if self.strategy in ("simultaneous", "interleaving") and self.epochs_per_phase is not None:
+            raise ValueError(f"epochs_per_phase is not for strategy {self.strategy}, which has no phases of epochs")
+        if self.strategy == "residual" and self.epochs_per_phase is None:
+            raise ValueError("epochs_per_phase must be given with strategy residual")
+        return self
 
 
 class LoaderConfig(Section):
@@ -184,6 +281,8 @@ class MonitoringConfig(Section):
     replica_check_steps: PositiveInt | None = Field(
         100, description="every so many steps the ranks compare their copies of the encoder; null: never"
     )
+    slow_rank_factor: float = Field(2.0, gt=1.0, description="times the median of the other ranks' time that is slow")
+    slow_rank_seconds: PositiveFloat = Field(60.0, description="for how long a rank is slow until it is named")
     tensorboard: bool = True
     progress: bool = True
 
@@ -203,6 +302,7 @@ class Config(Section):
         "fp32", description="of the encoder's matrix products; weights are float32, but float64 with fp64"
     )
     loss_scale: LossScaleConfig = LossScaleConfig()
+    non_finite: NonFiniteConfig = NonFiniteConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: Literal["auto", "never"] = "auto"
     timeout_seconds: PositiveInt = Field(1800, description="how long a collective waits for a missing rank")
@@ -211,6 +311,7 @@ class Config(Section):
     table: TableConfig = TableConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
     loader: LoaderConfig = LoaderConfig()
     engine: EngineConfig = EngineConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -225,7 +326,29 @@ class Config(Section):
             raise ValueError("one of max_epochs and max_steps must be given")
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of accumulation ({self.accumulation})")
+        self._check_strategy()
         return self
+
+    def _check_strategy(self) -> None:
+        strategy, subnets = self.training.strategy, self.model.subnet_count
+        if strategy == "simultaneous":
+            return
+        if subnets == 1:
+            raise ValueError(
+                f"training.strategy: {strategy} trains one subnet at a time, and with model.fusion {self.model.fusion} "
+                "there is only one"
+            )
+        if self.engine.name == "deepspeed":
+            raise ValueError(f"training.strategy: {strategy} needs engine.name ddp (DeepSpeed cannot leave parts out)")
+        epochs = self.training.phase_epochs(subnets)
+        if len(epochs) != subnets:
+            raise ValueError(f"training.epochs_per_phase: {len(epochs)} numbers for {subnets} subnets")
+        before_last = sum(epochs[:-1])
+        if strategy != "interleaving" and self.max_epochs is not None and self.max_epochs <= before_last:
+            raise ValueError(
+                f"training.epochs_per_phase: the last subnet's turn begins after {before_last} epochs, and max_epochs "
+                f"is {self.max_epochs}"
+            )
 
 
 def load(path: str | None, overrides: list[str], training: bool = True) -> Config:

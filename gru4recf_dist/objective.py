@@ -1,4 +1,4 @@
-"""The training objective over the sharded table: what a rank's events cost, with every collective that this takes."""
+"""The training objective over the sharded tables: what a rank's events cost, with every collective that this takes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 from gru4recf_dist.config import Config
 from gru4recf_dist.data.batches import PackedBatch
 from gru4recf_dist.model import losses
-from gru4recf_dist.model.scoring import transform_rows
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.table.batch_negatives import StepProposal, gather_targets
-from gru4recf_dist.table.item_table import ShardedItemTable
+from gru4recf_dist.table.candidates import Candidates
 from gru4recf_dist.table.negatives import NegativeSampler
 
 
@@ -22,9 +21,8 @@ class Objective:
         sampler: draws negatives; None with full softmax.
     """
 
-    def __init__(self, config: Config, table: ShardedItemTable, sampler: NegativeSampler | None) -> None:
-        self.config, self.score = config.loss, config.model.score
-        self.table, self.sampler = table, sampler
+    def __init__(self, config: Config, candidates: Candidates, sampler: NegativeSampler | None) -> None:
+        self.config, self.candidates, self.sampler = config.loss, candidates, sampler
 
     def propose(self, batches: list[PackedBatch], step: int) -> StepProposal | None:
         """The negatives of a step, the same on every rank and for any number of ranks; None with full softmax.
@@ -37,7 +35,7 @@ class Objective:
             return None
         targets = None
         if self.config.in_batch:
-            targets = gather_targets([batch.targets for batch in batches], self.table.ranks)
+            targets = gather_targets([batch.targets for batch in batches], self.candidates.ranks)
         return StepProposal(self.sampler, self.config.in_batch, targets, step)
 
     def __call__(
@@ -46,12 +44,11 @@ class Objective:
         """Sum of this rank's losses over its counted positions: a scalar.
 
         Args:
-            queries: [T, D], the encoder's output.
-            positives: [T, D], table row of each target.
+            queries: [T, Q], the encoder's output.
+            positives: [T, Q], candidate of each target (`Candidates.join`).
             batch: its targets and weights.
             proposal: the step's negatives, of `propose`.
         """
-        positives = transform_rows(positives, self.score)
         if proposal is None:
             each = self._full(queries, positives)
         else:
@@ -61,10 +58,10 @@ class Objective:
 
     def _full(self, queries: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
         """Vocabulary-parallel cross-entropy: every rank sums over its own rows for the queries of all."""
-        group = self.table.ranks.table
-        counts = collectives.gather_counts(len(queries), self.table.ranks.host)
+        group = self.candidates.ranks.table
+        counts = collectives.gather_counts(len(queries), self.candidates.ranks.host)
         everyone = collectives.differentiable_all_gather_rows(queries, counts, group, "queries")
-        rows = transform_rows(self.table.candidates(), self.score)
+        rows = self.candidates.own_items()
         partial = losses.blockwise_logsumexp(everyone, rows, block_rows=self.config.block_rows)
         # Each rank gets back the W partial sums of its own queries.
         mine = collectives.differentiable_all_to_all(
@@ -77,7 +74,7 @@ class Objective:
         self, queries: torch.Tensor, positives: torch.Tensor, targets: torch.Tensor, proposal: StepProposal
     ) -> torch.Tensor:
         negatives = proposal.negatives
-        rows = transform_rows(self.table.gather(negatives.ids), self.score)
+        rows = self.candidates.gather(negatives.ids)
         correction = np.log(negatives.counts)
         if self.config.logq != "off":
             correction = correction - negatives.log_expected

@@ -116,6 +116,12 @@ def _workload(given: argparse.Namespace) -> Workload:
             f"--gpus: {given.gpus} ranks are more than the {config.batch_size // config.accumulation} sessions of a "
             "(micro-)batch"
         )
+    unknown = {name for group in config.model.feature_groups or [] for name in group}
+    unknown -= {feature.spec.name for feature in features}
+    if unknown:
+        raise UserError(
+            f"model.feature_groups: there is no feature {', '.join(sorted(unknown))} (feature-0 is the first)"
+        )
     if not features:
         config = config.model_copy(update={"model": config.model.model_copy(update={"fusion": "item_only"})})
     return Workload(config, items, given.gpus, given.session_events or events, features, popular, event_features)

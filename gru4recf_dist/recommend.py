@@ -105,9 +105,7 @@ def _recommend(
         seen_query = torch.repeat_interleave(torch.arange(len(sessions)), lengths).to(ranks.device)
         seen = np.concatenate([session.items for session in sessions])
         seen_item = torch.from_numpy(seen.astype(np.int64)).to(ranks.device)
-    found, scores = top_k(
-        queries, k, model.table, config.model.score, config.evaluation.tile_rows, seen_query, seen_item
-    )
+    found, scores = top_k(queries, k, model.candidates, config.evaluation.tile_rows, seen_query, seen_item)
     empty = torch.tensor([not len(session.items) for session in sessions], device=found.device)
     return found.masked_fill(empty[:, None], PADDING_ID), scores
 

@@ -1,4 +1,4 @@
-"""The distributed model: the encoder, the sharded table and the feature store, put together from data and config."""
+"""The distributed model: the encoder, the sharded tables and the feature store, put together from data and config."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from gru4recf_dist.data.shard_format import Manifest
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.model.encoder import SessionEncoder
 from gru4recf_dist.model.features import FeatureSpec
+from gru4recf_dist.model.subnets import BIAS_TABLE, ITEM_TABLE, event_subnet, has_item_subnet
 from gru4recf_dist.parallel.ranks import Ranks
+from gru4recf_dist.table.candidates import CandidatePart, Candidates
 from gru4recf_dist.table.feature_store import FeatureStore
-from gru4recf_dist.table.item_table import ShardedItemTable
-from gru4recf_dist.table.partition import route
+from gru4recf_dist.table.item_table import Exchange, ShardedItemTable
+from gru4recf_dist.table.partition import Routing, route
+from gru4recf_dist.table.table_group import TableGroup
 
 # In half precision the encoder's matrix products are computed, nothing is kept.
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,9 +38,20 @@ def feature_specs(config: ModelConfig, manifest: Manifest) -> list[FeatureSpec]:
     _check_named(config, manifest)
     if config.fusion == "item_only":
         return []
-    names = [feature.name for feature in manifest.features] if config.features == "all" else config.features
+    if config.feature_groups is not None:
+        names = [name for group in config.feature_groups for name in group]
+        known = [feature.name for feature in manifest.features]
+        for name in names:
+            if name not in known:
+                raise UserError(
+                    f"model.feature_groups: the data set has no feature '{name}' (it has: {', '.join(known) or 'none'})"
+                )
+    elif config.features == "all":
+        names = [feature.name for feature in manifest.features]
+    else:
+        names = config.features
     if not names:
-        raise UserError("model.fusion: concat_output needs item features and there are none (item_only needs none)")
+        raise UserError(f"model.fusion: {config.fusion} needs item features and there are none (item_only needs none)")
     features = [manifest.feature(name) for name in names]
     return [
         FeatureSpec(
@@ -61,8 +75,8 @@ def used_event_features(config: ModelConfig, manifest: Manifest) -> list[EventFe
     features = manifest.event_features
     if config.event_features != "all":
         features = [manifest.event_feature(name) for name in config.event_features]
-    if features and config.event_input == "features" and config.fusion == "item_only":
-        raise UserError("model.event_input: features, but with model.fusion=item_only there is no RNN of the features")
+    if features and event_subnet(config) is None:
+        raise UserError(f"model.event_input: {config.event_input} have no RNN with model.fusion={config.fusion}")
     return features
 
 
@@ -99,14 +113,86 @@ def _check_named(config: ModelConfig, manifest: Manifest) -> None:
                 raise UserError(f"model.{key}: the data set has no {what} '{name}' (it has: {shown})")
 
 
+@dataclass(frozen=True)
+class Looked:
+    """What a step reads of the tables.
+
+    Attributes:
+        rows: [U, D], item rows of the distinct inputs (and targets, if their rows are the same); None if the encoder
+            sees no items.
+        features: of the same items.
+        places: int64 [T], the row of each input.
+        targets: of each part of the candidates, rows and the row of each target, int64 [T].
+    """
+
+    rows: torch.Tensor | None
+    features: dict[str, torch.Tensor]
+    places: torch.Tensor
+    targets: list[tuple[torch.Tensor, torch.Tensor]]
+
+
 @dataclass
 class Recommender:
-    """The three parts of the model on this rank, and the event features that the encoder takes."""
+    """The parts of the model on this rank.
+
+    Attributes:
+        candidates: what the encoder's queries are compared with: rows of some of the tables.
+        event_features: those that the encoder takes.
+    """
 
     encoder: SessionEncoder
-    table: ShardedItemTable
+    tables: TableGroup
+    candidates: Candidates
     features: FeatureStore
     event_features: list[EventFeature] = field(default_factory=list)
+
+    @property
+    def table(self) -> ShardedItemTable:
+        """The item rows."""
+        return self.tables[ITEM_TABLE]
+
+    @property
+    def reads_items(self) -> bool:
+        """Whether the encoder sees item rows."""
+        return has_item_subnet(self.encoder.config)
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether item rows are inputs and outputs: one exchange then serves inputs and targets."""
+        return self.reads_items and any(part.table is self.table for part in self.candidates.parts)
+
+    @property
+    def has_other_outputs(self) -> bool:
+        """Whether targets have rows that are no inputs: they take an exchange of their own."""
+        return not self.shares_rows or len(self.candidates.parts) > 1
+
+    def lookup(self, routing: Routing, outputs: Routing | None) -> Looked:
+        """Read what a step needs.
+
+        Args:
+            routing: of the inputs, and of the targets if `shares_rows`.
+            outputs: of the targets; None unless `has_other_outputs`.
+        """
+        device = self.encoder_device
+        exchange = self.table.exchange(routing)
+        features = self.features.lookup(exchange)
+        rows = self._input_rows(exchange)
+        if outputs is not None:
+            output_exchange, output_places = self.table.exchange(outputs), outputs.inverse[0].to(device)
+        targets = []
+        for part in self.candidates.parts:
+            if self.shares_rows and part.table is self.table:
+                targets.append((rows, routing.inverse[1].to(device)))
+            else:
+                targets.append((part.table.lookup(output_exchange), output_places))
+        return Looked(rows, features, routing.inverse[0].to(device), targets)
+
+    def _input_rows(self, exchange: Exchange) -> torch.Tensor | None:
+        return self.table.lookup(exchange) if self.reads_items else None
+
+    @property
+    def encoder_device(self) -> torch.device:
+        return self.table.ranks.device
 
     @torch.no_grad()
     def encode(
@@ -127,9 +213,9 @@ class Recommender:
         try:
             routing = route(self.table.partition, items)
             exchange = self.table.exchange(routing)
-            rows = self.table.lookup(exchange)
-            places = routing.inverse[0].to(rows.device)
-            events = {name: values.to(rows.device) for name, values in (events or {}).items()}
+            rows = self._input_rows(exchange)
+            places = routing.inverse[0].to(self.encoder_device)
+            events = {name: values.to(self.encoder_device) for name, values in (events or {}).items()}
             return self.encoder(rows, self.features.lookup(exchange), places, batch_sizes, events).float()
         finally:
             torch.set_num_threads(threads)
@@ -151,18 +237,23 @@ def build(config: Config, manifest: Manifest, ranks: Ranks, training: bool = Tru
     encoder = SessionEncoder(
         config.model, specs, COMPUTE_DTYPES.get(config.precision), event_specs(config.model, manifest)
     )
-    table = ShardedItemTable(
-        manifest.items + 1,
-        config.model.embedding_size,
-        ranks,
-        config.table,
-        config.seed,
-        dtype=dtype,
-        training=training,
-    )
+    rows = manifest.items + 1
+
+    def make_table(width: int, **settings) -> ShardedItemTable:
+        return ShardedItemTable(
+            rows, width, ranks, config.table, config.seed, dtype=dtype, training=training, **settings
+        )
+
+    tables = {ITEM_TABLE: make_table(config.model.embedding_size)}
+    for place, part in enumerate(encoder.parts):
+        if part.table not in tables:
+            # Without a bias at first; any other table is as the item table would be at this width.
+            std = 0.0 if part.table == BIAS_TABLE else None
+            tables[part.table] = make_table(part.width, std=std, stream=place)
     return Recommender(
         encoder=encoder.to(device=ranks.device, dtype=dtype),
-        table=table,
-        features=FeatureStore(config.data, manifest, [spec.name for spec in specs], ranks, table.device),
+        tables=TableGroup(tables),
+        candidates=Candidates([CandidatePart(tables[part.table], part.score) for part in encoder.parts]),
+        features=FeatureStore(config.data, manifest, [spec.name for spec in specs], ranks, tables[ITEM_TABLE].device),
         event_features=used_event_features(config.model, manifest),
     )

@@ -17,7 +17,8 @@ from gru4recf_dist.errors import UserError, exits_cleanly
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.parallel.deepspeed_settings import deepspeed_settings
 from gru4recf_dist.parallel.ranks import from_first
-from gru4recf_dist.trainer import RESULT, Trainer, check_run_folder
+from gru4recf_dist.run_folder import check_run_folder
+from gru4recf_dist.trainer import RESULT, Trainer
 
 # sysexits.h's EX_TEMPFAIL: stopped by a signal, to be started again. torchrun would take it for a failure of this rank
 # and kill the others; there `--finished` tells a run that can go on from a finished one.
@@ -46,7 +47,11 @@ def main(argv: list[str] | None = None, default_config: Path | None = None) -> i
     if arguments.check or arguments.finished:
         print(check(config))
         return EXIT_UNFINISHED if arguments.finished else 0
-    with process_ranks.running(config.device, config.timeout_seconds) as ranks:
+
+    def keep(name: str, content: bytes) -> None:
+        storage.write_bytes(storage.join(config.run_dir, name), content)
+
+    with process_ranks.running(config.device, config.timeout_seconds, keep) as ranks:
         # Rank 0 decides: what a shared file system shows to different machines may differ for a while.
         if from_first(ranks, lambda: is_finished(config)):
             if ranks.is_first:

@@ -87,5 +87,6 @@ def load_model(config: Config, ranks: Ranks) -> tuple[Recommender, Manifest]:
     step = chosen_step(config.run_dir, ranks)
     manifest = from_first(ranks, lambda: read_data(config, step))
     model = recommender.build(config, manifest, ranks, training=False)
-    Checkpoints(config.run_dir, ranks).load(step, None, model.encoder, model.table)
+    state = Checkpoints(config.run_dir, ranks).load(step, None, model.encoder, model.tables)
+    model.encoder.take_part(state.get("present_subnets"))
     return model, manifest

@@ -7,8 +7,11 @@ import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from gru4recf_dist import recommender, stopping, trained_run, typed_yaml, warm_start
-from gru4recf_dist.checkpoint import Checkpoints, weight_settings
+from gru4recf_dist.broken_steps import BrokenSteps
+from gru4recf_dist.checkpoint import Checkpoints
 from gru4recf_dist.checkpoint_saving import CheckpointSaver, check_finite
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
@@ -17,6 +20,7 @@ from gru4recf_dist.errors import UserError
 from gru4recf_dist.evaluation.baselines import evaluate_baselines
 from gru4recf_dist.evaluation.evaluator import Evaluator, protocol_of
 from gru4recf_dist.measurements import counted_operations, peak_memory_gib
+from gru4recf_dist.model.subnets import subnets
 from gru4recf_dist.monitoring import Monitor
 from gru4recf_dist.objective import Objective
 from gru4recf_dist.parallel import collectives, traffic
@@ -24,7 +28,11 @@ from gru4recf_dist.parallel.engines import make_engine
 from gru4recf_dist.parallel.node_arrays import NodeArrays
 from gru4recf_dist.parallel.ranks import Ranks, from_first
 from gru4recf_dist.parallel.replicas import check_replicas
+from gru4recf_dist.parallel.slow_ranks import SlowRanks, ratios
+from gru4recf_dist.parallel.whereabouts import HERE
+from gru4recf_dist.run_folder import check_run_folder
 from gru4recf_dist.schedule import factor
+from gru4recf_dist.strategies import Phase, phase_of
 from gru4recf_dist.table.negatives import NegativeSampler, read_popularity
 from gru4recf_dist.training_step import MicroBatch, StepResult, TrainingStep
 
@@ -37,19 +45,23 @@ class Progress:
 
     Attributes:
         step: updates made.
+        epoch: of the last of them. The loader's is the next one's: it goes on when it hands over an epoch's last batch.
         best, evaluations_since_best: early stopping's memory.
         sessions_lost: training sessions, each epoch anew, of damaged shards (`loader.on_bad_shard: skip`).
-        skipped_steps: those whose fp16 gradients overflowed.
+        skipped_steps: those whose gradients or loss were not finite.
+        broken_in_a_row: of these, the last ones that no smaller loss scale would have helped.
         evaluation_owed: a signal stopped the run before the evaluation that was due after this step.
         trained_events, trained_seconds: over all ranks, for the throughput of the whole run.
     """
 
     step: int = 0
+    epoch: int = 0
     best: float | None = None
     evaluations_since_best: int = 0
     trained_events: int = 0
     sessions_lost: int = 0
     skipped_steps: int = 0
+    broken_in_a_row: int = 0
     trained_seconds: float = 0.0
     evaluation_owed: bool = False
 
@@ -63,6 +75,7 @@ class _Window:
     targets: float = 0.0
     events: float = 0.0
     wait_seconds: float = 0.0
+    busy_seconds: float = 0.0
     traffic: traffic.Traffic = field(default_factory=traffic.Traffic)
     started: float = field(default_factory=time.perf_counter)
 
@@ -92,11 +105,16 @@ class Trainer:
         sampler = None
         if config.loss.name == "sampled_softmax":
             sampler = NegativeSampler(self.popularity, config.loss, config.seed, item_arrays)
-        objective = Objective(config, self.table, sampler)
+        objective = Objective(config, self.model.candidates, sampler)
         self.step = TrainingStep(config, self.model, self.engine, objective, ranks)
         self.evaluator = Evaluator(config, self.manifest, self.popularity, ranks)
         self.progress, self._window = Progress(), _Window()
+        self.broken_steps = BrokenSteps(config.non_finite, config.run_dir, ranks)
+        self._slow_ranks = SlowRanks(config.monitoring.slow_rank_factor, config.monitoring.slow_rank_seconds)
         self._resume(newest)
+        self._phase: Phase | None = None
+        # What the last update left is evaluated as it was trained.
+        self._enter_phase()
         self.total_steps = total_steps(config, self.loader, self.progress.step)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
@@ -133,15 +151,20 @@ class Trainer:
         finished = progress.step >= self.total_steps or self._out_of_patience()
         self._window = _Window()
         while not finished:
-            steps = self.loader.steps_left
+            steps, progress.epoch = self.loader.steps_left, self.loader.epoch
             # However the loop is left, the thread that prepares the next batch has then ended.
             with closing(self.loader.prepared(self.step.prepare)) as batches:
                 for left in range(steps - 1, -1, -1):
-                    before = time.perf_counter()
+                    before, waited = time.perf_counter(), HERE.waited_seconds
+                    HERE.enter("reading", progress.step + 1)
                     prepared = next(batches)
                     self._window.wait_seconds += time.perf_counter() - before
                     done = self.update(prepared)
-                    progress.trained_seconds += time.perf_counter() - before
+                    HERE.enter("logging")
+                    seconds = time.perf_counter() - before
+                    progress.trained_seconds += seconds
+                    # Time spent waiting for other ranks says nothing about this one.
+                    self._window.busy_seconds += seconds - (HERE.waited_seconds - waited)
                     finished = progress.step >= self.total_steps
                     evaluate = self._evaluation_is_due(epoch_ended=left == 0, last=finished)
                     if done.stop and not finished:
@@ -170,6 +193,7 @@ class Trainer:
     def update(self, batches: list[MicroBatch]) -> StepResult:
         """The next update."""
         progress = self.progress
+        self._enter_phase()
         progress.step += 1
         scale = factor(self.config.schedule, progress.step - 1, self.total_steps)
         self._learning_rate = self.config.optimizer.lr * scale
@@ -189,18 +213,32 @@ class Trainer:
         progress.trained_events += int(done.events)
         progress.sessions_lost += int(done.sessions_lost)
         progress.skipped_steps += not done.updated
+        if done.broken is None:
+            self.broken_steps.good()
+        else:
+            self.monitor.say(self.broken_steps.broken(progress.step, [batch.packed for batch in batches], done.broken))
+        progress.broken_in_a_row = self.broken_steps.in_a_row
         check_steps = self.config.monitoring.replica_check_steps
         if check_steps is not None and progress.step % check_steps == 0:
             check_replicas(progress.step, self.engine.module, self.ranks)
         return done
+
+    def _enter_phase(self) -> None:
+        """Let the next update train the subnets whose turn it is."""
+        phase = phase_of(self.config.training, subnets(self.config.model), self.progress.epoch, self.progress.step)
+        if phase != self._phase:
+            self._phase = phase
+            self.step.enter(phase)
 
     # -- logging, evaluation, checkpoints ----------------------------------------------------------------------------
 
     def _log(self, done: StepResult, at_once: bool) -> None:
         window, step = self._window, self.progress.step
         window.steps += 1
-        window.loss += done.loss
-        window.targets += done.targets
+        # What a skipped step's loss was is no figure.
+        if done.broken is None:
+            window.loss += done.loss
+            window.targets += done.targets
         window.events += done.events
         if step % self.config.monitoring.log_every_steps and step != 1 and not at_once:
             self.monitor.advance()
@@ -224,7 +262,13 @@ class Trainer:
         }
         if self.config.precision == "fp16":
             values["train/loss_scale"] = self.step.loss_scale.value
+        if self.config.precision == "fp16" or self.config.non_finite.policy == "skip":
             values["train/skipped_steps"] = self.progress.skipped_steps
+        if self.ranks.world > 1:
+            busy = collectives.gather_vector(np.array([window.busy_seconds]), self.ranks.host)[:, 0]
+            values["perf/slowest_rank"] = float(ratios(busy).max())
+            for line in self._slow_ranks.look(busy, seconds):
+                self.monitor.say(line)
         self.monitor.scalars(step, values)
         self.saver.show_written()
         shown = {"loss": "train/loss", "events_per_s": "perf/events_per_second", "gib": "perf/peak_memory_gib"}
@@ -251,6 +295,7 @@ class Trainer:
         """Evaluate on the validation split; whether that is the best so far."""
         progress = self.progress
         started = time.perf_counter()
+        HERE.enter("evaluation")
         self.engine.copy_weights_to(self.model.encoder)
         metrics = self.evaluator.evaluate(self.model, "valid")
         values = {f"eval/{name}/{key}": value for name, part in metrics.items() for key, value in part.items()}
@@ -260,7 +305,9 @@ class Trainer:
         is_best = progress.best is None or value > progress.best
         if is_best:
             progress.best = value
-        progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
+        # Patience is for the whole model: it begins when the last subnet has come in.
+        waits = not is_best and self._phase.is_last
+        progress.evaluations_since_best = progress.evaluations_since_best + 1 if waits else 0
         shown = f"step {progress.step}, epoch {self.loader.epochs_done:.4g}: valid {name} {value:.4f}"
         self.monitor.say(shown + (" (best so far)" if is_best else ""))
         # Time spent here is not the loop's.
@@ -273,34 +320,37 @@ class Trainer:
 
     def _save(self, is_best: bool) -> None:
         started = time.perf_counter()
+        HERE.enter("checkpoint")
         self.engine.copy_weights_to(self.model.encoder)
-        check_finite(self.progress.step, self.model.encoder, self.table, self.ranks)
+        check_finite(self.progress.step, self.model.encoder, self.model.tables, self.ranks)
         state = {
             "progress": vars(self.progress),
             "loss_scale": self.step.loss_scale.state_dict(),
             "loader": self.loader.state_dict(),
             "training_data": self.manifest.training_digest,
+            "present_subnets": list(self._phase.present),
             # What a run that starts from this one on a grown data set has to know of the embedded vocabularies.
             "features": [vars(spec) for spec in recommender.feature_specs(self.config.model, self.manifest)],
             "event_features": [vars(spec) for spec in recommender.event_specs(self.config.model, self.manifest)],
         }
-        self.saver.save(self.progress.step, self.engine, self.table, state, is_best)
+        self.saver.save(self.progress.step, self.engine, self.model.tables, state, is_best)
         self._window.started += time.perf_counter() - started
 
     def _resume(self, newest: int | None) -> None:
         """Go on from the run folder's newest undamaged checkpoint; if there is none, start from ``init_from``."""
         if newest is not None:
-            state = self.checkpoints.load(newest, self.engine, self.model.encoder, self.table)
+            state = self.checkpoints.load(newest, self.engine, self.model.encoder, self.model.tables)
             if state["training_data"] != self.manifest.training_digest:
                 raise UserError(
                     f"data: {self.config.data} is not the data set that the checkpoints in {self.config.run_dir} were "
                     "made with; choose another run_dir"
                 )
             self.progress = Progress(**state["progress"])
+            self.broken_steps.in_a_row = self.progress.broken_in_a_row
             self.step.loss_scale.load_state_dict(state.get("loss_scale", {}))
             self.loader.load_state_dict(state["loader"])
         elif self.config.init_from is not None:
-            warm_start.load(self.config, self.manifest, self.engine, self.table, self.ranks)
+            warm_start.load(self.config, self.manifest, self.engine, self.model.tables, self.ranks)
 
     def _finish(self) -> dict:
         """Evaluate the best checkpoint and write `result.json`."""
@@ -310,7 +360,8 @@ class Trainer:
         if not is_present and not self.checkpoints.is_sound(best, "the last weights are evaluated in its place"):
             best, is_present = None, True
         if not is_present:
-            self.checkpoints.load(best, None, self.model.encoder, self.table)
+            state = self.checkpoints.load(best, None, self.model.encoder, self.model.tables)
+            self.model.encoder.take_part(state.get("present_subnets"))
         else:
             self.engine.copy_weights_to(self.model.encoder)
         result: dict = {}
@@ -360,29 +411,3 @@ def total_steps(config: Config, loader: SessionLoader, step: int) -> int:
     by_epochs = math.inf if config.max_epochs is None else step + loader.steps_until(config.max_epochs)
     by_steps = math.inf if config.max_steps is None else config.max_steps
     return int(min(by_epochs, by_steps))
-
-
-def check_run_folder(config: Config, has_checkpoint: bool) -> None:
-    """Whether the run folder can take this run.
-
-    Raises:
-        UserError: it cannot be written; or it holds checkpoints and ``resume`` is ``never``, or they are of another
-            model.
-    """
-    if not storage.is_writable(config.run_dir):
-        raise UserError(f"run_dir: {config.run_dir} is not a folder that can be written")
-    if not has_checkpoint:
-        return
-    if config.resume == "never":
-        raise UserError(f"run_dir: {config.run_dir} holds checkpoints; choose another folder, or resume=auto")
-    before, now = (
-        # A position in the epoch means nothing in another order.
-        {"seed": each.seed, "loader.shuffle_window": each.loader.shuffle_window, **weight_settings(each)}
-        for each in (typed_yaml.load(Config, storage.join(config.run_dir, "config.yaml"), []), config)
-    )
-    for key, old in before.items():
-        if old != now[key]:
-            raise UserError(
-                f"{key}: {now[key]!r}, but the checkpoints in {config.run_dir} were made with {old!r}; "
-                "choose another run_dir"
-            )

@@ -19,9 +19,10 @@ from gru4recf_dist.data import storage
 from gru4recf_dist.data.shard_format import Manifest
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.model.features import FeatureSpec, encoder_order, kept_rows, new_parameters
+from gru4recf_dist.model.subnets import grouped
 from gru4recf_dist.parallel.engines import Engine
 from gru4recf_dist.parallel.ranks import Ranks, from_first
-from gru4recf_dist.table.item_table import ShardedItemTable
+from gru4recf_dist.table.table_group import TableGroup
 
 
 @dataclass(frozen=True)
@@ -76,21 +77,25 @@ def _fitting(config: Config, manifest: Manifest, before: Config, step: int) -> O
     return Origin(step, specs, events)
 
 
-def load(config: Config, manifest: Manifest, engine: Engine, table: ShardedItemTable, ranks: Ranks) -> None:
-    """Fill the freshly initialised ``engine`` and ``table`` from ``config.init_from``.
+def load(config: Config, manifest: Manifest, engine: Engine, tables: TableGroup, ranks: Ranks) -> None:
+    """Fill the freshly initialised ``engine`` and ``tables`` from ``config.init_from``.
 
     Raises:
         UserError: as `find`.
     """
     origin = find(config, manifest, ranks)
+    old, new = (
+        grouped(config.model, specs) for specs in (origin.specs, recommender.feature_specs(config.model, manifest))
+    )
+    # Of several groups the modules are numbered.
+    names = ["feature_embed_layer"] if len(new) == 1 else [f"feature_embed_layer.{n}" for n in range(len(new))]
+    parts = list(zip(names, old, new, strict=True))
+    parts.append(("event_inputs.embedding", origin.events, recommender.event_specs(config.model, manifest)))
     kept, fresh = {}, set()
-    for module, old, new in (
-        ("feature_embed_layer", origin.specs, recommender.feature_specs(config.model, manifest)),
-        ("event_inputs.embedding", origin.events, recommender.event_specs(config.model, manifest)),
-    ):
-        kept |= {f"{module}.{name}": places for name, places in kept_rows(old, new).items()}
-        fresh |= {f"{module}.{name}" for name in new_parameters(old, new)}
-    Checkpoints(config.init_from, ranks).load_smaller(origin.step, engine, table, kept, fresh)
+    for module, before, now in parts:
+        kept |= {f"{module}.{name}": places for name, places in kept_rows(before, now).items()}
+        fresh |= {f"{module}.{name}" for name in new_parameters(before, now)}
+    Checkpoints(config.init_from, ranks).load_smaller(origin.step, engine, tables, kept, fresh)
 
 
 def _check_settings(before: Config, config: Config) -> None:

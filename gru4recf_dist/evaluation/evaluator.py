@@ -16,12 +16,11 @@ from gru4recf_dist.errors import UserError
 from gru4recf_dist.evaluation import ranking
 from gru4recf_dist.evaluation.metrics import RankHistogram
 from gru4recf_dist.evaluation.sessions import batch_count, read_batches
-from gru4recf_dist.model.scoring import exact_scores
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.recommender import Recommender
-from gru4recf_dist.table.item_table import ShardedItemTable
 from gru4recf_dist.table.partition import route
+from gru4recf_dist.table.table_group import TableGroup
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Evaluator:
             candidates, so a target among them is a miss. Both count every target in the denominator.
         """
         settings = self.config.evaluation
-        self._check_finite(model.table)
+        self._check_finite(model.tables)
         everything, unseen = (RankHistogram(max(settings.ks)) for _ in range(2))
         untrained_targets = sessions_lost = 0
         batches = read_batches(
@@ -101,9 +100,9 @@ class Evaluator:
             f"{split}_excluding_seen": {**unseen.metrics(settings.ks), **common},
         }
 
-    def _check_finite(self, table: ShardedItemTable) -> None:
+    def _check_finite(self, tables: TableGroup) -> None:
         """NaN compares false with everything: nothing would stand above any target, and a broken model look perfect."""
-        broken = torch.tensor(table.has_broken_row(), dtype=torch.int64)
+        broken = torch.tensor(tables.has_broken_row(), dtype=torch.int64)
         if int(collectives.sum_over_ranks(broken, self.ranks.host)):
             raise _diverged()
 
@@ -119,8 +118,9 @@ class Evaluator:
         vectors = encoded[batch.positions.to(device)]
         with torch.no_grad():
             routing = route(model.table.partition, batch.targets)
-            rows = model.table.lookup(model.table.exchange(routing))[routing.inverse[0].to(device)].float()
-        scores = exact_scores(vectors, rows, self.config.model.score)
+            places = routing.inverse[0].to(device)
+            rows = [rows[places].float() for rows in model.candidates.lookup(model.table.exchange(routing))]
+        scores = model.candidates.exact_scores(vectors, rows)
         counts = collectives.gather_counts(len(batch.targets), host)
         pair_counts = collectives.gather_counts(len(batch.seen_query), host)
         before = sum(counts[: self.ranks.rank])
@@ -136,17 +136,16 @@ class Evaluator:
 
     def _count(self, model: Recommender, queries: _Queries) -> tuple[torch.Tensor, torch.Tensor]:
         """Items above each target, and those of them that the session has seen; int64 [Q] each, on the CPU."""
-        settings, score = self.config.evaluation, self.config.model.score
+        settings, candidates = self.config.evaluation, model.candidates
         targets = queries.targets.to(self.ranks.device)
         common = (queries.vectors, targets, queries.target_scores)
-        tile_rows = settings.tile_rows or ranking.default_tile_rows(self.ranks.device, model.table.dim)
-        above = ranking.count_above(*common, model.table, score, tile_rows, settings.ties)
+        tile_rows = settings.tile_rows or ranking.default_tile_rows(self.ranks.device, candidates.dim)
+        above = ranking.count_above(*common, candidates, tile_rows, settings.ties)
         seen = ranking.count_seen_above(
             *common,
             queries.seen_query.to(self.ranks.device),
             queries.seen_item.to(self.ranks.device),
-            model.table,
-            score,
+            candidates,
             settings.ties,
         )
         both = collectives.sum_over_ranks(torch.stack([above, seen]), self.ranks.table).cpu()

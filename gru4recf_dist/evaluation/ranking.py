@@ -4,7 +4,7 @@ A rank is defined by float64 scores of the float32 vectors (`model.scoring.exact
 which decides all but the items within the rounding error of the target's score; those few are scored again in
 float64. So the count is exact, whatever the tile size and the number of ranks.
 
-Shapes: Q queries of all ranks, D embedding size, n rows of a tile.
+Shapes: Q queries of all ranks, D their size, n rows of a tile.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from gru4recf_dist.model.scoring import exact_scores, transform_rows
-from gru4recf_dist.table.item_table import ShardedItemTable
+from gru4recf_dist.table.candidates import Candidates
 
 # Pairs that are scored in float64, and float32 scores of a tile, at a time: both bound the memory.
 _PAIRS = 1 << 17
@@ -41,8 +40,7 @@ def count_above(
     queries: torch.Tensor,
     targets: torch.Tensor,
     target_scores: torch.Tensor,
-    table: ShardedItemTable,
-    score: str,
+    candidates: Candidates,
     tile_rows: int,
     ties: str,
 ) -> torch.Tensor:
@@ -59,10 +57,10 @@ def count_above(
     block = min(max(1, _SCORES // tile_rows), max(1, len(queries)))
     scores, flags = (queries.new_empty(tile_rows, block) for _ in range(2))
     norms = queries.double().norm(dim=1)
-    unsure = _UnsurePairs(queries, targets, target_scores, table, score, ties)
-    for first, raw in table.tiles(tile_rows):
-        rows = transform_rows(raw.float(), score)
-        margin = norms * (rows.norm(dim=1).max().double() * relative_error(queries.shape[1], score))
+    error = relative_error(queries.shape[1], candidates.score)
+    unsure = _UnsurePairs(queries, targets, target_scores, candidates, ties)
+    for first, rows in candidates.tiles(tile_rows):
+        margin = norms * (rows.norm(dim=1).max().double() * error)
         low, high = _round_down(target_scores - margin), _round_up(target_scores + margin)
         for start in range(0, len(queries), block):
             part = slice(start, start + block)
@@ -94,9 +92,10 @@ def _sort_out(
 class _UnsurePairs:
     """Pairs (query, item of this rank) that float32 does not decide, collected over tiles and decided in float64."""
 
-    def __init__(self, queries, targets, target_scores, table: ShardedItemTable, score: str, ties: str) -> None:
-        self._targets, self._own_start = targets, table.own.start
-        self._decide = (queries, target_scores, table.read, score, ties)
+    def __init__(self, queries, targets, target_scores, candidates: Candidates, ties: str) -> None:
+        self._targets, self._own_start = targets, candidates.own.start
+        self._decide = (candidates, ties)
+        self._compared = (queries, target_scores)
         self._count = torch.zeros_like(targets)
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._pairs = 0
@@ -121,8 +120,7 @@ class _UnsurePairs:
         query, item = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         other = self._targets[query] != item
         query, item = query[other], item[other]
-        queries, target_scores, read, score, ties = self._decide
-        above = _pairs_above(queries, target_scores, query, item - self._own_start, read, score, ties)
+        above = _pairs_above(*self._compared, query, item - self._own_start, *self._decide)
         self._count += torch.bincount(query[above], minlength=len(self._count))
         self._waiting, self._pairs = [], 0
 
@@ -133,26 +131,26 @@ def count_seen_above(
     target_scores: torch.Tensor,
     seen_query: torch.Tensor,
     seen_item: torch.Tensor,
-    table: ShardedItemTable,
-    score: str,
+    candidates: Candidates,
     ties: str,
 ) -> torch.Tensor:
     """Of the pairs (query, item already seen) whose item lies on this rank: how many are above the target; [Q].
 
     Subtracted from `count_above`, this leaves the seen items out of the candidates.
     """
-    here = (seen_item >= table.own.start) & (seen_item < table.own.stop) & (seen_item != targets[seen_query])
-    query, local = seen_query[here], seen_item[here] - table.own.start
-    above = _pairs_above(queries, target_scores, query, local, table.read, score, ties)
+    own = candidates.own
+    here = (seen_item >= own.start) & (seen_item < own.stop) & (seen_item != targets[seen_query])
+    query, local = seen_query[here], seen_item[here] - own.start
+    above = _pairs_above(queries, target_scores, query, local, candidates, ties)
     return torch.bincount(query[above], minlength=len(queries))
 
 
-def _pairs_above(queries, target_scores, query, column, read, score, ties) -> torch.Tensor:
-    """Whether row ``column[i]``, as ``read`` gives it, is above the target of query ``query[i]``; bool, in float64."""
+def _pairs_above(queries, target_scores, query, local, candidates, ties) -> torch.Tensor:
+    """Whether this rank's row ``local[i]`` is above the target of query ``query[i]``; bool, in float64."""
     above = torch.empty(len(query), dtype=torch.bool, device=queries.device)
     for start in range(0, len(query), _PAIRS):
         part = slice(start, start + _PAIRS)
-        exact = exact_scores(queries[query[part]], read(column[part]), score)
+        exact = candidates.exact_scores(queries[query[part]], candidates.read(local[part]))
         target = target_scores[query[part]]
         above[part] = exact >= target if ties == "against" else exact > target
     return above
@@ -162,7 +160,8 @@ def relative_error(dim: int, score: str) -> float:
     """Bound of |float32 score - exact score| / (|query| |row|) for a product of ``dim`` terms in any order.
 
     gamma_D = D u / (1 - D u) with u = 2^-24 (Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1),
-    with some to spare for the rounding of the norms, and as much again where rows are normalised first.
+    with some to spare for the rounding of the norms, and as much again where rows, or parts of them, are normalised
+    first.
     """
     terms = dim + 8 if score == "dot" else 2 * dim + 16
     return terms * 2.0**-24

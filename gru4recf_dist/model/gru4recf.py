@@ -1,10 +1,10 @@
 """GRU4RecF as one plain module, with RecBole's four methods: for single-process use, inspection and export.
 
-The trainer runs the same encoder packed, beside a sharded table; this class adds a dense item embedding to it and
-keeps RecBole 1.2.1's meaning, names and shapes. There, cross-entropy runs over all N+1 columns: the padding row is a
+The trainer runs the same encoder packed, beside sharded tables; this class adds dense ones to it and keeps
+RecBole 1.2.1's meaning, names and shapes. There, cross-entropy runs over all N+1 columns: the padding row is a
 candidate, and it is not zero.
 
-Shapes: B sessions, L longest, D embedding size, n = N+1 rows.
+Shapes: B sessions, L longest, D embedding size, Q size of a query, n = N+1 rows.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from gru4recf_dist.config import ModelConfig
 from gru4recf_dist.model.encoder import SessionEncoder
 from gru4recf_dist.model.features import FeatureSpec
 from gru4recf_dist.model.scoring import transform_rows
+from gru4recf_dist.model.subnets import BIAS_TABLE, ITEM_TABLE
 
 ITEM_SEQ = "item_id_list"
 ITEM_SEQ_LEN = "item_length"
@@ -26,7 +27,7 @@ ITEM_ID = "item_id"
 
 
 class GRU4RecF(SessionEncoder):
-    """Hidasi et al., RecSys 2016, variant (2) of RecBole's `GRU4RecF`.
+    """Hidasi et al., RecSys 2016; by default, and with ``fusion: item_only``, RecBole's `GRU4RecF` and `GRU4Rec`.
 
     Args:
         config: the model section of the configuration.
@@ -46,6 +47,13 @@ class GRU4RecF(SessionEncoder):
         self.item_embedding = nn.Embedding(item_count, config.embedding_size, padding_idx=0)
         # RecBole initialises after the padding row was zeroed: the row is overwritten, and never trained as an input.
         nn.init.xavier_normal_(self.item_embedding.weight)
+        # The tables that only outputs have, by their names in a checkpoint.
+        self.output_embedding = nn.ModuleDict()
+        for part in self.parts:
+            if part.table != ITEM_TABLE:
+                self.output_embedding[part.table] = nn.Embedding(item_count, part.width)
+                weight = self.output_embedding[part.table].weight
+                nn.init.zeros_(weight) if part.table == BIAS_TABLE else nn.init.xavier_normal_(weight)
         self.feature_names = [spec.name for spec in specs or []]
         for name in self.feature_names:
             self.register_buffer(_buffer(name), item_features[name], persistent=False)
@@ -58,7 +66,7 @@ class GRU4RecF(SessionEncoder):
             item_seq_len: int64 [B], real events of each, at least 1.
 
         Returns:
-            [B, D], the output at each session's last event.
+            [B, Q], the output at each session's last event.
         """
         packed = pack_padded_sequence(item_seq.T, item_seq_len.cpu(), enforce_sorted=False)
         ids, places = torch.unique(packed.data, return_inverse=True)
@@ -76,13 +84,19 @@ class GRU4RecF(SessionEncoder):
     def predict(self, interaction: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Score of each session's item `ITEM_ID`, [B]."""
         queries = self(interaction[ITEM_SEQ], interaction[ITEM_SEQ_LEN])
-        rows = transform_rows(self.item_embedding(interaction[ITEM_ID]), self.config.score)
-        return (queries * rows).sum(dim=1)
+        return (queries * self._candidates(interaction[ITEM_ID])).sum(dim=1)
 
     def full_sort_predict(self, interaction: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Scores of all rows, [B, n]."""
         queries = self(interaction[ITEM_SEQ], interaction[ITEM_SEQ_LEN])
-        return queries @ transform_rows(self.item_embedding.weight, self.config.score).T
+        return queries @ self._candidates().T
+
+    def _candidates(self, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """What queries are compared with, of all rows or those of ``ids`` [B]; [n, Q] or [B, Q]."""
+        tables = {ITEM_TABLE: self.item_embedding, **self.output_embedding}
+        rows = [tables[part.table].weight if ids is None else tables[part.table](ids) for part in self.parts]
+        pairs = zip(rows, self.parts, strict=True)
+        return torch.cat([transform_rows(each, part.score) for each, part in pairs], dim=1)
 
 
 def _buffer(feature: str) -> str:

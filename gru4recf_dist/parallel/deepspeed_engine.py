@@ -7,7 +7,7 @@ import copy
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import deepspeed
 import deepspeed.ops
@@ -76,6 +76,9 @@ class _DeepSpeedEngine:
 
     def __call__(self, *inputs) -> torch.Tensor:
         return self._engine(*inputs)
+
+    def train_only(self, names: Collection[str]) -> None:
+        raise NotImplementedError("DeepSpeed's partitions hold all parameters")
 
     def _count_traffic(self, last: bool) -> None:
         """By the size of the parameters: half an all-reduce for each time they are gathered or gradients scattered."""

@@ -7,6 +7,7 @@ engine keeps inside, so that a checkpoint of one engine loads into another and a
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from typing import Protocol
 
 import torch
@@ -48,6 +49,13 @@ class Engine(Protocol):
     def skip(self) -> None:
         """Clear the gradients and update nothing."""
 
+    def train_only(self, names: Collection[str]) -> None:
+        """Train only the parameters of ``names`` from the next update on, and leave the others as they are, to the bit.
+
+        Raises:
+            NotImplementedError: the engine cannot leave parameters out; the configuration refuses to ask it to.
+        """
+
     def copy_weights_to(self, encoder: nn.Module) -> None:
         """Give a plain encoder the present weights; a collective. Nothing to do if it is the one that is trained."""
 
@@ -71,15 +79,31 @@ class DDPEngine:
         self.module, self._world = encoder, ranks.world
         self._optimizer = make_optimizer(encoder.parameters(), config)
         self._parameters = ReplicatedParameters(encoder, self._optimizer, config)
-        self._forward: nn.Module = encoder
-        if ranks.world > 1:
+        self._group, self._wrappers = ranks.dense, {}
+        self.train_only([name for name, _ in encoder.named_parameters()])
+
+    def train_only(self, names: Collection[str]) -> None:
+        # Without a gradient a parameter is not reduced, and every optimizer passes it over: no moment or weight decays.
+        for name, parameter in self.module.named_parameters():
+            parameter.requires_grad_(name in names)
+        self._trained = frozenset(names)
+
+    @property
+    def _forward(self) -> nn.Module:
+        """What is called: one wrapper for each set of trained parameters, whose buckets hold these alone."""
+        if self._world == 1:
+            return self.module
+        if self._trained not in self._wrappers:
             # find_unused_parameters keeps DDP from rebuilding its buckets after the first step. gloo's sums depend on
             # an element's place in the bucket, so a resumed run would differ from an unbroken one in the last bit.
-            self._forward = DistributedDataParallel(encoder, process_group=ranks.dense, find_unused_parameters=True)
+            self._wrappers[self._trained] = DistributedDataParallel(
+                self.module, process_group=self._group, find_unused_parameters=True
+            )
+        return self._wrappers[self._trained]
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
         if last:
-            traffic.TOTAL.add_all_reduce("encoder_gradients", parameter_bytes(self.module), self._world)
+            traffic.TOTAL.add_all_reduce("encoder_gradients", parameter_bytes(self.module, trained=True), self._world)
         if last or not isinstance(self._forward, DistributedDataParallel):
             return contextlib.nullcontext()
         return self._forward.no_sync()

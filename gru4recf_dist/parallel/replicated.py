@@ -25,9 +25,9 @@ def make_optimizer(parameters, config: OptimizerConfig) -> torch.optim.Optimizer
     )
 
 
-def parameter_bytes(module: nn.Module) -> int:
-    """Size of the parameters, and so of their gradients."""
-    return sum(parameter.nbytes for parameter in module.parameters())
+def parameter_bytes(module: nn.Module, trained: bool = False) -> int:
+    """Size of the parameters, or of those that are ``trained``; and so of their gradients."""
+    return sum(each.nbytes for each in module.parameters() if each.requires_grad or not trained)
 
 
 class ReplicatedParameters:

@@ -19,8 +19,10 @@ def row_state_elements(optimizer: str, dim: int) -> int:
 
 def device_bytes(workload: Workload, counts: StepCounts) -> dict[str, float]:
     """Of the largest rank, on its device."""
-    size, dim = workload.element_bytes, workload.dim
-    row = dim * size
+    size = workload.element_bytes
+    # Of what is compared, and of what an exchange brings of each item.
+    row = workload.query_size * size
+    exchanged = (counts.ids * workload.dim * workload.reads_items + counts.target_ids * workload.target_width) * size
     parts = {} if workload.host_table else _table(workload)
     parts["encoder, gradients, moments"] = _encoder(workload)
     parts["activations"] = counts.events_largest * _activation_elements(workload) * size
@@ -28,13 +30,13 @@ def device_bytes(workload: Workload, counts: StepCounts) -> dict[str, float]:
     # Logits, and what backward makes of them.
     parts["logits of a block"] = 2.0 * workload.config.loss.block_rows * candidates * size
     # Rows as owner and as user, their gradients likewise, and the sums of these while they are coalesced.
-    buffers = 6.0 * counts.ids * row
+    buffers = 6.0 * exchanged
     # Gathered with and without padding, and the gradients of both.
     buffers += 4.0 * counts.negatives_share * workload.world * row
     if not workload.samples:
         buffers += 3.0 * counts.events_largest * workload.world * row
-        # Every row is a candidate: a copy, its gradient, and the coalesced sum.
-        parts["rows as candidates"] = 4.0 * workload.rows * row
+        # Every row is a candidate: a copy, its gradient, and the coalesced sum; once more as one row of several tables.
+        parts["rows as candidates"] = (4.0 + 2.0 * (len(workload.encoder.parts) > 1)) * workload.rows * row
     parts["exchange buffers"] = buffers
     return parts
 
@@ -53,9 +55,10 @@ def node_bytes(workload: Workload, ranks_per_node: int) -> dict[str, float]:
 
 
 def _table(workload: Workload) -> dict[str, float]:
-    state = row_state_elements(workload.config.table.optimizer, workload.dim)
+    widths = workload.table_widths.values()
+    state = sum(row_state_elements(workload.config.table.optimizer, width) for width in widths)
     parts = {
-        "table rows": float(workload.rows * workload.dim * workload.element_bytes),
+        "table rows": float(workload.rows * sum(widths) * workload.element_bytes),
         "row optimizer state": float(workload.rows * state * workload.element_bytes),
     }
     if workload.features:
@@ -80,12 +83,11 @@ def _encoder(workload: Workload) -> float:
 
 def _activation_elements(workload: Workload) -> int:
     """Kept for backward of each event, with as much again for the gradients that are alive at the peak."""
-    model = workload.config.model
-    paths = len(workload.rnn_inputs)
+    model, rnns = workload.config.model, workload.rnns
     # Inputs before and after dropout; of a GRU the three gates, the candidate's product, state and output.
-    kept = 2 * sum(workload.rnn_inputs) + paths * model.num_layers * 6 * model.hidden_size
-    # Outputs of both paths before and after dropout; query, positive, and their product.
-    kept += 2 * paths * model.hidden_size + 3 * model.embedding_size
+    kept = 2 * sum(rnn.input_size for rnn in rnns) + len(rnns) * model.num_layers * 6 * model.hidden_size
+    # Outputs of all RNNs before and after dropout; query, positive, and their product.
+    kept += 2 * len(rnns) * model.hidden_size + 3 * workload.query_size
     return 2 * kept
 
 

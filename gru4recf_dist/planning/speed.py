@@ -48,17 +48,18 @@ def step_seconds(workload: Workload, counts: StepCounts, machine: Machine) -> di
     """
     config = workload.config
     size, micro = workload.element_bytes, config.accumulation
-    row = workload.dim * size
     events = counts.events
     # Every query meets all negatives, or all queries meet this rank's rows.
     pairs = events * counts.negatives if workload.samples else events * workload.world * workload.rows
     # Forward and backward of the encoder are three products a weight and event. Logits are made twice, and have two
     # gradients: four products.
-    flops = 6.0 * events * _products(workload) + 8.0 * pairs * workload.dim
-    touched = counts.ids + (counts.negatives / workload.world if workload.samples else workload.rows)
-    state = row_state_elements(config.table.optimizer, workload.dim) / workload.dim
+    flops = 6.0 * events * _products(workload) + 8.0 * pairs * workload.query_size
+    touched, widths = workload.touched_rows(counts), workload.table_widths
     # Read, handed on, its gradient gathered and summed; then weight and state, each read and written.
-    row_traffic = touched * row * (8.0 + 2.0 * (1.0 + state))
+    row_traffic = sum(
+        rows * size * (10.0 * widths[name] + 2.0 * row_state_elements(config.table.optimizer, widths[name]))
+        for name, rows in touched.items()
+    )
     seconds = {
         "matrix products": micro * flops / machine.matmul_tflops / 1e12,
         # A block's logits are passed over about eight times in forward and backward.
@@ -69,9 +70,12 @@ def step_seconds(workload: Workload, counts: StepCounts, machine: Machine) -> di
         / 1e6,
     }
     if workload.host_table:
-        seconds["host link (table rows)"] = micro * 2.0 * touched * row / machine.pcie_gbs / 1e9
+        moved = sum(rows * widths[name] * size for name, rows in touched.items())
+        seconds["host link (table rows)"] = micro * 2.0 * moved / machine.pcie_gbs / 1e9
     seconds["wire"] = wire_seconds(sent_bytes(workload, counts), workload.world, machine)
     collectives = 7 if workload.samples else 9
+    # Each further table's rows go and come by themselves.
+    collectives += 4 * (len(workload.encoder.parts) - 1) + 3 * (workload.target_width > 0)
     seconds["latency and launches"] = machine.fixed_ms / 1e3 + (
         machine.latency_us * 1e-6 * (micro * collectives + 3) if workload.world > 1 else 0.0
     )
@@ -94,11 +98,11 @@ def wire_seconds(sent: dict[str, float], world: int, machine: Machine) -> float:
 
 def _products(workload: Workload) -> int:
     """Multiplications of weights with an event in the encoder's forward."""
-    model, total = workload.config.model, 0
-    for width in workload.rnn_inputs:
-        total += 3 * model.hidden_size * (width + model.hidden_size)
-        total += (model.num_layers - 1) * 6 * model.hidden_size**2
-    return total + len(workload.rnn_inputs) * model.hidden_size * model.embedding_size
+    hidden, total = workload.config.model.hidden_size, 0
+    for rnn in workload.rnns:
+        total += 3 * hidden * (rnn.input_size + hidden) + (rnn.num_layers - 1) * 6 * hidden**2
+    dense = workload.encoder.dense_layer
+    return total + (dense.weight.numel() if dense is not None else 0)
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------

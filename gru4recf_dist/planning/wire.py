@@ -13,13 +13,16 @@ def sent_bytes(workload: Workload, counts: StepCounts) -> dict[str, float]:
     """Mean over the ranks of what each sends in a step, by purpose."""
     config, world = workload.config, workload.world
     others, remote = world - 1, (world - 1) / world
-    row = workload.dim * workload.element_bytes
+    row = workload.query_size * workload.element_bytes
+    # Targets whose rows are no inputs have an exchange of their own.
+    exchanges = 2 if workload.target_width else 1
+    elements = workload.dim * counts.ids * workload.reads_items + workload.target_width * counts.target_ids
     sent = {
-        "counts": 8.0 * others,
-        "ids": 8.0 * counts.ids * remote,
+        "counts": 8.0 * others * exchanges,
+        "ids": 8.0 * (counts.ids + counts.target_ids) * remote,
         "features": 4.0 * sum(feature.width for feature in workload.features) * counts.ids * remote,
-        "rows": row * counts.ids * remote,
-        "row_gradients": row * counts.ids * remote,
+        "rows": elements * workload.element_bytes * remote,
+        "row_gradients": elements * workload.element_bytes * remote,
     }
     if workload.samples:
         moved = row * counts.negatives_moved
@@ -27,7 +30,7 @@ def sent_bytes(workload: Workload, counts: StepCounts) -> dict[str, float]:
         share = counts.negatives / world if workload.over_gloo else counts.negatives_share
         sent["negative_gradients"] = moved + row * share * others
     else:
-        sent["counts"] *= 2.0
+        sent["counts"] += 8.0 * others
         sent["queries"] = row * counts.events_largest * others
         largest = counts.events if workload.config.device == "cpu" else counts.events_largest
         sent["query_gradients"] = row * largest * others

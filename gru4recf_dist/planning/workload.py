@@ -11,6 +11,8 @@ import torch
 from gru4recf_dist.config import Config
 from gru4recf_dist.model.encoder import SessionEncoder
 from gru4recf_dist.model.features import FeatureSpec
+from gru4recf_dist.model.packed_gru import PackedGRU
+from gru4recf_dist.model.subnets import ITEM_TABLE, has_item_subnet
 from gru4recf_dist.parallel.collectives import PADDING
 from gru4recf_dist.planning.popularity import Popularity, largest_of
 
@@ -76,26 +78,52 @@ class Workload:
         return self.config.model.embedding_size
 
     @property
+    def query_size(self) -> int:
+        """Q: columns of a query, and of a candidate's row."""
+        return sum(part.width for part in self.encoder.parts)
+
+    @property
+    def table_widths(self) -> dict[str, int]:
+        """Columns of each table, by name."""
+        return {ITEM_TABLE: self.dim, **{part.table: part.width for part in self.encoder.parts}}
+
+    @property
+    def reads_items(self) -> bool:
+        """Whether item rows are inputs."""
+        return has_item_subnet(self.config.model)
+
+    @property
+    def target_width(self) -> int:
+        """Columns of the targets' rows that are no inputs, and travel over an exchange of their own; 0 if all are."""
+        return sum(part.width for part in self.encoder.parts if not (self.reads_items and part.table == ITEM_TABLE))
+
+    def touched_rows(self, counts: StepCounts) -> dict[str, float]:
+        """Rows of each table that a rank reads and updates for a micro-batch."""
+        candidates = counts.negatives / self.world if self.samples else float(self.rows)
+        outputs = {part.table: candidates + counts.target_ids for part in self.encoder.parts}
+        if not self.reads_items:
+            return outputs
+        # Targets are among the ids of the inputs' exchange.
+        return {**outputs, ITEM_TABLE: counts.ids + (candidates if ITEM_TABLE in outputs else 0.0)}
+
+    @property
     def element_bytes(self) -> int:
         return 8 if self.config.precision == "fp64" else 4
 
     @cached_property
-    def encoder_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self._encoder.parameters())
-
-    @property
-    def rnn_inputs(self) -> list[int]:
-        """Width of the inputs of each RNN."""
-        encoder = self._encoder
-        rnns = [encoder.item_gru_layers, *([encoder.feature_gru_layers] if self.features else [])]
-        return [rnn.input_size for rnn in rnns]
-
-    @cached_property
-    def _encoder(self) -> SessionEncoder:
+    def encoder(self) -> SessionEncoder:
         # Without memory: the vocabularies of features can be large.
         with torch.device("meta"):
             specs = [feature.spec for feature in self.features]
             return SessionEncoder(self.config.model, specs, events=self.event_features)
+
+    @property
+    def encoder_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.encoder.parameters())
+
+    @property
+    def rnns(self) -> list[PackedGRU]:
+        return [module for module in self.encoder.modules() if isinstance(module, PackedGRU)]
 
 
 @dataclass(frozen=True)
@@ -104,7 +132,8 @@ class StepCounts:
 
     Attributes:
         events: packed events, T; `events_largest` of the rank with most.
-        ids: distinct items of inputs and targets.
+        ids: distinct items of inputs, and of targets where their rows are the same.
+        target_ids: distinct items of targets, where some of their rows are no inputs; else 0.
         negatives: distinct negatives, of all ranks.
         negatives_share: what each rank puts into their gathering, padding included.
         negatives_moved: what a rank hands to another before it (see `collectives.balanced_all_gather_rows`).
@@ -113,6 +142,7 @@ class StepCounts:
     events: float
     events_largest: float
     ids: float
+    target_ids: float
     negatives: float
     negatives_share: float
     negatives_moved: float
@@ -126,7 +156,9 @@ def expected_counts(workload: Workload) -> StepCounts:
     config, world = workload.config, workload.world
     sessions = config.batch_size / world / config.accumulation
     spread = largest_of(world)
-    events = sessions * (workload.session_events - 1.0)
+    inputs = workload.session_events - 1.0
+    events = sessions * inputs
+    shares_rows = workload.target_width < workload.query_size
     negatives = share = moved = 0.0
     if workload.samples:
         loss = config.loss
@@ -143,8 +175,9 @@ def expected_counts(workload: Workload) -> StepCounts:
     return StepCounts(
         events=events,
         # Lengths of sessions spread about as far as their mean.
-        events_largest=events + spread * (workload.session_events - 1.0) * math.sqrt(sessions),
-        ids=workload.popularity.distinct(sessions * workload.session_events),
+        events_largest=events + spread * inputs * math.sqrt(sessions),
+        ids=workload.popularity.distinct(sessions * (workload.session_events if shares_rows else inputs)),
+        target_ids=workload.popularity.distinct(sessions * inputs) if workload.target_width else 0.0,
         negatives=negatives,
         negatives_share=share,
         negatives_moved=moved,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +21,8 @@ from gru4recf_dist.table.row_optimizers import make_row_optimizer
 
 # Rows are initialised in blocks of this many, each from its own generator. Part of what a seed means.
 _INIT_BLOCK_ROWS = 1024
+# No table has as many blocks: its number cannot be taken for one.
+_STREAM = 0x6F7574707574
 
 
 def initial_rows(
@@ -30,15 +32,20 @@ def initial_rows(
     std: float,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    stream: int | None = None,
 ) -> torch.Tensor:
     """Normal(0, std) rows [len(rows), dim] that depend on (seed, global row) only, not on who asks for them.
 
     They are made block by block, in place: no second copy of them exists.
+
+    Args:
+        stream: keeps the rows of several tables of one seed apart.
     """
+    key = (seed,) if stream is None else (seed, _STREAM + stream)
     result = torch.empty(len(rows), dim, dtype=dtype, device=device)
     for block in range(rows.start // _INIT_BLOCK_ROWS, -(-rows.stop // _INIT_BLOCK_ROWS)):
         first = block * _INIT_BLOCK_ROWS
-        values = np.random.default_rng((seed, block)).standard_normal((_INIT_BLOCK_ROWS, dim), dtype=np.float32)
+        values = np.random.default_rng((*key, block)).standard_normal((_INIT_BLOCK_ROWS, dim), dtype=np.float32)
         start, stop = max(first, rows.start), min(first + _INIT_BLOCK_ROWS, rows.stop)
         part = torch.from_numpy(values[start - first : stop - first] * np.float32(std))
         result[start - rows.start : stop - rows.start] = part
@@ -91,6 +98,10 @@ class ShardedItemTable:
         seed: decides the initial rows, together with their global numbers.
         std: standard deviation of the initial rows; default: Xavier for the whole table.
         training: False for a table that is only read: it has no optimizer, and none of its state.
+        stream: as in `initial_rows`.
+
+    Attributes:
+        frozen: rows are read without becoming leaves of a graph; nothing is sent back, and nothing updated.
     """
 
     def __init__(
@@ -103,14 +114,16 @@ class ShardedItemTable:
         std: float | None = None,
         dtype: torch.dtype = torch.float32,
         training: bool = True,
+        stream: int | None = None,
     ) -> None:
         self.rows, self.dim, self.ranks, self.config = rows, dim, ranks, config
         self.partition = RowPartition(rows, ranks.world)
         self.own = self.partition.range_of(ranks.rank)
         std = xavier_normal_std(rows, dim) if std is None else std
         self.device = choose_table_device(config.device, ranks.device)
-        self.weight = initial_rows(seed, self.own, dim, std, dtype, self.device)
+        self.weight = initial_rows(seed, self.own, dim, std, dtype, self.device, stream)
         self.optimizer = make_row_optimizer(self.weight, config) if training else None
+        self.frozen = False
         self._touched: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @property
@@ -172,7 +185,7 @@ class ShardedItemTable:
 
     def _leaf(self, local: torch.Tensor) -> torch.Tensor:
         rows = self.weight[local]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not self.frozen:
             rows.requires_grad_()
             self._touched.append((local, rows))
         return rows
@@ -190,27 +203,11 @@ class ShardedItemTable:
         self._touched.clear()
 
     def apply_gradients(self, lr: float, scale: float = 1.0) -> torch.Tensor:
-        """Update the rows read since the last call with the mean over the ranks of their gradients.
+        """`apply_gradients` of this table alone."""
+        return apply_gradients([self], lr, scale)
 
-        Every rank's loss is scaled by W (see `training_step`), so the exchanged sums are divided by W here.
-
-        Args:
-            scale: a further factor on the loss, which is divided out.
-
-        Returns:
-            the squared norm of this rank's share of the gradient, before clipping, on the encoder's device.
-        """
-        rows, gradient = self._coalesced()
-        gradient.div_(self.ranks.world * scale)
-        squared = gradient.square().sum()
-        if self.config.clip is not None:
-            norm = collectives.sum_over_ranks(squared.clone(), self.group, "loss").sqrt()
-            gradient = gradient * (self.config.clip / norm.clamp(min=self.config.clip))
-        self.optimizer.step(rows, gradient, lr)
-        return squared.to(self.ranks.device)
-
-    def _coalesced(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Distinct local rows, int64 [U], and the sums of their gradients [U, D]."""
+    def take_gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Distinct local rows read since the last call, int64 [U], and the sums of their gradients [U, D]."""
         touched = [(local, rows.grad) for local, rows in self._touched if rows.grad is not None]
         self._touched.clear()
         if not touched:
@@ -243,3 +240,35 @@ class ShardedItemTable:
         shape = torch.Size([self.rows, *local.shape[1:]])
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+def apply_gradients(tables: Sequence[ShardedItemTable], lr: float, scale: float = 1.0) -> torch.Tensor:
+    """Update the rows read since the last call with the mean over the ranks of their gradients.
+
+    Every rank's loss is scaled by W (see `training_step`), so the exchanged sums are divided by W here. A frozen table
+    is left as it is, its optimizer's state and step count too.
+
+    Args:
+        tables: of one configuration. Clipping bounds the norm over all of them.
+        scale: a further factor on the loss, which is divided out.
+
+    Returns:
+        the squared norm of this rank's share of the gradients, before clipping, on the encoder's device.
+    """
+    first = tables[0]
+    squared = torch.zeros((), dtype=first.weight.dtype, device=first.device)
+    updates = []
+    for table in tables:
+        if table.frozen:
+            continue
+        rows, gradient = table.take_gradients()
+        gradient.div_(table.ranks.world * scale)
+        squared += gradient.square().sum()
+        updates.append((table, rows, gradient))
+    if first.config.clip is not None:
+        norm = collectives.sum_over_ranks(squared.clone(), first.group, "loss").sqrt()
+        factor = first.config.clip / norm.clamp(min=first.config.clip)
+        updates = [(table, rows, gradient * factor) for table, rows, gradient in updates]
+    for table, rows, gradient in updates:
+        table.optimizer.step(rows, gradient, lr)
+    return squared.to(first.ranks.device)

@@ -55,9 +55,9 @@ def measure(folder: str, in_background: bool) -> dict[str, int]:
     trainer.train()
     ends("steps, checkpoints, evaluation, baselines")
     # All rows of the optimizer's state are memory from here on.
-    trainer.checkpoints.load(trainer.progress.step, trainer.engine, trainer.model.encoder, trainer.table)
+    trainer.checkpoints.load(trainer.progress.step, trainer.engine, trainer.model.encoder, trainer.model.tables)
     ends("load")
-    trainer.checkpoints.load_smaller(trainer.progress.step, trainer.engine, trainer.table, {})
+    trainer.checkpoints.load_smaller(trainer.progress.step, trainer.engine, trainer.model.tables, {})
     ends("warm start")
     process_ranks.stop()
     return peaks

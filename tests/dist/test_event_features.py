@@ -73,6 +73,48 @@ def test_float64_updates_are_equal_at_1_and_2_ranks(tmp_path, data, optimizers, 
         assert found["test"] == result
 
 
+GROUPS = "model.feature_groups=[[tags,category],[price]]"
+FUSIONS = {
+    "concat_input": (),
+    "feature_only": ("model.output_bias=true",),
+    "weighted_sum": (GROUPS, "model.event_input=items"),
+    "parallel": (GROUPS, "training.strategy=alternating", "max_steps=3"),
+    "interaction": (SIZES,),
+}
+
+
+def train_each(ranks: Ranks, configs: dict[str, Config]) -> dict[str, tuple[dict, dict]]:
+    """Of each: the state before and after training."""
+    found = {}
+    for name, config in configs.items():
+        trainer = Trainer(config, ranks)
+        before = final_state(trainer)
+        trainer.train()
+        found[name] = before, final_state(trainer)
+    return found
+
+
+def test_every_fusion_takes_them_and_trains_them_with_the_subnet_that_sees_them(tmp_path, data):
+    results = {}
+    for world in (1, 2):
+        configs = {
+            name: small_config(data, tmp_path / f"{name}-{world}", f"model.fusion={name}", "precision=fp64", *SGD,
+                               "optimizer.lr=0.05", "max_steps=6", *options)
+            for name, options in FUSIONS.items()
+        }  # fmt: skip
+        results[world] = run_ranks(world, train_each, tmp_path, configs)
+    for name in FUSIONS:
+        before, reference = results[1][0][name]
+        state = whole([found[name][1] for found in results[2]])
+        for key, tensor in reference.items():
+            assert relative_error(state[key], tensor) < 1e-10, (name, key)
+        embedding = "encoder.event_inputs.embedding.token_embedding_table.item.embedding.weight"
+        if name == "interaction":
+            embedding = "encoder.event_inputs.embedding.sized_token_tables.0.weight"
+        # The first phase of `alternating` is the item subnet's; the event features are the first feature RNN's.
+        assert torch.equal(before[embedding], reference[embedding]) == (name == "parallel"), name
+
+
 def test_a_resumed_run_ends_bit_equal_and_an_earlier_one_of_another_model_is_refused(tmp_path, data):
     options = ("model.dropout=0.4", "model.dropout_feature=0.3", "checkpoint.every_epochs=null",
                "checkpoint.every_steps=7", "max_steps=13", SIZES)  # fmt: skip
@@ -192,7 +234,7 @@ def weights(ranks: Ranks, config: Config) -> dict[str, torch.Tensor]:
         ("model.feature_sizes={colour: 3}", "model.feature_sizes: the data set has no feature 'colour' (it has: category"),
         ("model.feature_pooling={price: max}", "model.feature_pooling: the data set has no token_seq feature 'price'"),
         ("model.feature_sizes={type: 0}", "model.feature_sizes.type: input should be greater than 0"),
-        ("model.event_input=features model.fusion=item_only", "model.event_input: features, but with model.fusion=item_only"),
+        ("model.event_input=features model.fusion=item_only", "model.event_input: features have no RNN with model.fusion=item_only"),
     ],
 )
 def test_check_finds_what_does_not_fit(tmp_path, data, capsys, override, message):

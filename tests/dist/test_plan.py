@@ -30,6 +30,9 @@ LOSSES = {
     "full": ("loss.name=full_softmax", "loss.block_rows=512"),
     "micro-batches": ("accumulation=2",),
     "in-batch": ("loss.in_batch=64",),
+    "two tables": ("model.fusion=parallel", "model.output_table=tied", "model.output_bias=true", "table.clip=1.0"),
+    "other outputs": ("model.fusion=shared_w", "model.hidden_size=12"),
+    "outputs only": ("model.fusion=feature_only", "loss.name=full_softmax", "loss.block_rows=512"),
 }
 
 
@@ -43,14 +46,14 @@ def data(tmp_path_factory):
     return folder
 
 
-def _train_and_count(ranks, config) -> tuple[list[tuple[int, int]], list[np.ndarray]]:
-    """Train; of each of this rank's micro-batches events and distinct ids, and the negatives."""
-    seen, route = [], training_step.route
+def _train_and_count(ranks, config) -> tuple[list[list[int]], list[np.ndarray]]:
+    """Train; of each of this rank's micro-batches events, distinct ids and target ids, and the negatives."""
+    routed, route = [], training_step.route
     negatives, gather = [], ShardedItemTable.gather
 
-    def recorded(partition, items, targets):
-        routing = route(partition, items, targets)
-        seen.append((len(items), len(routing.ids)))
+    def recorded(partition, *ids):
+        routing = route(partition, *ids)
+        routed.append((len(ids[0]), len(routing.ids)))
         return routing
 
     def gathered(table, ids):
@@ -59,7 +62,10 @@ def _train_and_count(ranks, config) -> tuple[list[tuple[int, int]], list[np.ndar
 
     training_step.route, ShardedItemTable.gather = recorded, gathered
     train(ranks, config)
-    # What was prepared beyond the last step does not count.
+    # What was prepared beyond the last step does not count. Targets with rows of their own are routed too, first.
+    exchanges = 2 if config.model.fusion in ("parallel", "shared_w", "feature_only") else 1
+    batches = [routed[start : start + exchanges] for start in range(0, len(routed), exchanges)]
+    seen = [[*batch[-1], batch[0][1] if exchanges == 2 else 0] for batch in batches]
     return seen[: STEPS * config.accumulation], negatives
 
 
@@ -73,7 +79,7 @@ def _workload(config, world: int) -> Workload:
 
 
 def _measured(workload: Workload, seen: np.ndarray, negatives: list[np.ndarray]) -> StepCounts:
-    """``seen``: [W, micro-batches, 2], events and ids; ``negatives``: ids of each micro-batch."""
+    """``seen``: [W, micro-batches, 3], events, ids, target ids; ``negatives``: ids of each micro-batch."""
     shares, moved, distinct = [], [], []
     for ids in negatives:
         counts, moves = collectives.gather_shares(RowPartition(ITEMS + 1, workload.world).split(ids).tolist())
@@ -84,6 +90,7 @@ def _measured(workload: Workload, seen: np.ndarray, negatives: list[np.ndarray])
         events=seen[:, :, 0].mean(),
         events_largest=seen[:, :, 0].max(axis=0).mean(),
         ids=seen[:, :, 1].mean(),
+        target_ids=seen[:, :, 2].mean(),
         negatives=np.mean(distinct or [0]),
         negatives_share=np.mean(shares or [0]),
         negatives_moved=np.mean(moved or [0]),
@@ -110,7 +117,7 @@ def test_bytes_on_the_wire_are_those_of_a_run(tmp_path, data, world, loss):
     assert sum(found.values()) == pytest.approx(np.mean([line["wire/bytes"] for line in steps]) / world)
     # The counts themselves, expected by the items' popularity: within 2 %; of the largest rank within 5 %.
     expected = expected_counts(workload)
-    for name in ("events", "ids", "negatives"):
+    for name in ("events", "ids", "target_ids", "negatives"):
         assert getattr(expected, name) == pytest.approx(getattr(measured, name), rel=0.02), name
     for name in ("events_largest", "negatives_share"):
         assert getattr(expected, name) == pytest.approx(getattr(measured, name), rel=0.05), name

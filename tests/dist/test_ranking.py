@@ -23,9 +23,11 @@ from gru4recf_dist.model.features import FeatureSpec
 from gru4recf_dist.model.gru4recf import ITEM_SEQ, ITEM_SEQ_LEN, GRU4RecF
 from gru4recf_dist.model.scoring import exact_scores
 from gru4recf_dist.parallel import ranks as process_ranks
+from gru4recf_dist.table.candidates import CandidatePart, Candidates
 from gru4recf_dist.table.item_table import ShardedItemTable
 from gru4recf_dist.table.negatives import read_popularity
 from gru4recf_dist.table.partition import route
+from gru4recf_dist.table.table_group import TableGroup
 from tests.support.ranks import run_ranks
 from tests.support.synthetic import write_dataset
 
@@ -103,14 +105,18 @@ def _shards(rows: np.ndarray, world: int, dtype=torch.float32) -> list[ShardedIt
     return shards
 
 
+def _candidates(table: ShardedItemTable, score: str) -> Candidates:
+    return Candidates([CandidatePart(table, score)])
+
+
 def _counts(shards, queries, targets, pairs, score, tile_rows, ties) -> tuple[list[int], list[int]]:
     """(items above, seen items above) of each query, summed over the shards."""
     rows = torch.cat([shard.weight for shard in shards]).float()
     vectors, targets = torch.from_numpy(queries), torch.tensor(targets)
     common = (vectors, targets, exact_scores(vectors, rows[targets], score))
     pairs = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
-    above = sum(count_above(*common, shard, score, tile_rows, ties) for shard in shards)
-    seen = sum(count_seen_above(*common, pairs[:, 0], pairs[:, 1], shard, score, ties) for shard in shards)
+    above = sum(count_above(*common, _candidates(shard, score), tile_rows, ties) for shard in shards)
+    seen = sum(count_seen_above(*common, pairs[:, 0], pairs[:, 1], _candidates(shard, score), ties) for shard in shards)
     return above.tolist(), seen.tolist()
 
 
@@ -175,7 +181,7 @@ UNTRAINED = [17, 40, 60]
 class FixedModel:
     """Stands for a trained model: the query after an event depends on its item only, so that the truth is plain."""
 
-    def __init__(self, ranks, broken: str = "") -> None:
+    def __init__(self, ranks, broken: str = "", score: str = "dot") -> None:
         rows, self.queries = make_rows(), torch.from_numpy(make_queries(ITEMS + 1, 9))
         self.table = ShardedItemTable(ITEMS + 1, D, ranks, TableConfig(optimizer="sgd"), seed=0)
         self.table.weight = torch.from_numpy(rows[self.table.own.start : self.table.own.stop])
@@ -185,6 +191,8 @@ class FixedModel:
             self.table.weight[:] = torch.nan
         elif broken == "one row":
             self.table.weight[2 - self.table.own.start] = torch.nan
+
+        self.tables, self.candidates = TableGroup({"table": self.table}), _candidates(self.table, score)
 
     def encode(self, items: torch.Tensor, batch_sizes: torch.Tensor) -> torch.Tensor:
         assert int(batch_sizes.sum()) == len(items)
@@ -236,9 +244,9 @@ VARIANTS = [
 
 def _evaluate_fixed(ranks, data: str) -> dict[tuple, dict]:
     manifest = read_manifest(data)
-    model = FixedModel(ranks)
     results = {}
     for protocol, score, ties, tile_rows in VARIANTS:
+        model = FixedModel(ranks, score=score)
         evaluation = {"protocol": protocol, "ties": ties, "tile_rows": tile_rows}
         config = _config(data, model={"score": score}, evaluation=evaluation)
         evaluator = Evaluator(config, manifest, read_popularity(data, manifest), ranks)

@@ -140,6 +140,9 @@ def test_incomplete_checkpoints_are_passed_over_and_old_ones_removed(tmp_path, d
     [
         ("model.hidden_size=9", "model.hidden_size: 9, but the checkpoints"),
         ("table.optimizer=sgd", "table.optimizer: 'sgd'"),
+        ("model.output_table=untied", "model.output_table: 'untied', but the checkpoints in .* with 'tied'"),
+        ("model.output_bias=true", "model.output_bias: True"),
+        ("training.strategy=alternating", "training.strategy: 'alternating', but the checkpoints"),
         ("resume=never", "run_dir"),
     ],
 )

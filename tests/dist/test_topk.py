@@ -8,6 +8,7 @@ import torch
 
 from gru4recf_dist.config import TableConfig
 from gru4recf_dist.evaluation.topk import top_k
+from gru4recf_dist.table.candidates import CandidatePart, Candidates
 from gru4recf_dist.table.item_table import ShardedItemTable
 from tests.support.ranks import run_ranks
 
@@ -34,7 +35,7 @@ def _search(ranks, rows: int, cases: list[tuple[int, int, bool]]) -> list[tuple[
     found = []
     for k, tile_rows, exclude in cases:
         pairs = [torch.from_numpy(column) for column in _excluded(rows)] if exclude else [None, None]
-        ids, scores = top_k(queries, k, table, "dot", tile_rows, *pairs)
+        ids, scores = top_k(queries, k, Candidates([CandidatePart(table, "dot")]), tile_rows, *pairs)
         found.append((ids.numpy(), scores.numpy()))
     return found
 

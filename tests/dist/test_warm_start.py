@@ -116,6 +116,35 @@ def test_old_rows_are_kept_to_the_bit_and_new_ones_are_fresh(tmp_path, items, sa
     assert len(fresh["table.weight"]) == items[1] + 1
 
 
+GROUPED = (
+    "model.fusion=parallel",
+    "model.output_bias=true",
+    "model.hidden_size=6",
+    "model.feature_groups=[[brand,price],[tags,category]]",
+    "training.strategy=alternating",
+)
+
+
+def test_output_tables_and_grouped_vocabularies_grow_too(tmp_path):
+    write_both(tmp_path, 30, 47)
+    old = whole(run_ranks(2, train, tmp_path, small_config(tmp_path / "old", tmp_path / "run", "max_steps=7", *GROUPED)))
+    ((_, _, fresh),) = run_ranks(1, start, tmp_path, small_config(tmp_path / "new", tmp_path / "fresh", *GROUPED))
+    config = small_config(tmp_path / "new", tmp_path / "warm", f"init_from={tmp_path / 'run'}", *GROUPED)
+    results = run_ranks(3, start, tmp_path, config)
+    # 3 steps an epoch, and the item subnet's turn was the first.
+    assert [table_steps for _, table_steps, _ in results] == [3] * 3
+    state = whole([state for _, _, state in results])
+    assert state.keys() == fresh.keys() == old.keys()
+    for name, tensor in state.items():
+        # Every group has one field of tokens at most: what is old comes first, and what is new behind it.
+        rows = len(old[name]) if tensor.dim() else None
+        assert torch.equal(tensor[:rows] if tensor.dim() else tensor, old[name]), name
+        assert not tensor.dim() or torch.equal(tensor[rows:], fresh[name][rows:]), name
+    grown = {name for name, tensor in state.items() if tensor.shape != old[name].shape}
+    tables = {"table", "output_item", "output_feature_0", "output_feature_1", "output_bias"}
+    assert {f"{table}.weight" for table in tables} < grown and len([name for name in grown if "embed" in name]) >= 3
+
+
 def losses(run_dir) -> list[float]:
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return [line["train/loss"] for line in lines if "train/loss" in line]

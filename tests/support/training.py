@@ -55,16 +55,15 @@ def train(ranks: Ranks, config: Config) -> dict[str, torch.Tensor]:
 
 
 def final_state(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Encoder parameters whole and this rank's table rows, with every optimizer's state."""
+    """Encoder parameters whole and this rank's rows of each table, with every optimizer's state."""
     state = {name: tensor.clone() for name, tensor in trainer.engine.state_dict().items()}
-    state["table.weight"] = trainer.table.weight.clone()
-    state.update({f"table.{name}": tensor.clone() for name, tensor in trainer.table.optimizer.state.items()})
-    return state
+    tables = trainer.model.tables.state_dict()
+    return state | {name: tensor.to_local().clone() for name, tensor in tables.items()}
 
 
 def whole(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The ranks' states put together: table rows concatenated, the rest from rank 0."""
     return {
-        name: torch.cat([state[name] for state in states]) if name.startswith("table.") else tensor
+        name: torch.cat([state[name] for state in states]) if name.startswith(("table.", "output")) else tensor
         for name, tensor in states[0].items()
     }

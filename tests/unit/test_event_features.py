@@ -20,6 +20,7 @@ from gru4recf_dist.data.blocks import Block
 from gru4recf_dist.data.event_columns import EventFeature, gap_buckets, log_edges, scaled
 from gru4recf_dist.model.encoder import SessionEncoder
 from gru4recf_dist.model.features import FeatureSpec
+from gru4recf_dist.model.subnets import event_subnet, subnet_of_parameter
 from tests.support.synthetic import EVENT_FEATURES, event_values
 
 D, H = 4, 6
@@ -313,6 +314,27 @@ def test_dropout_of_features_acts_on_event_features_too():
     encoder = SessionEncoder(config, [], events=[KINDS["token"]])
     inputs = torch.ones(2000, D)
     torch.manual_seed(0)
-    noisy = encoder.event_inputs.beside("items", inputs, {"type": torch.full((2000,), 3)})
+    noisy = encoder.event_inputs.beside("item", inputs, {"type": torch.full((2000,), 3)})
     assert torch.equal(noisy[:, :D], inputs)
     assert abs(float((noisy[:, D:] == 0).float().mean()) - 0.5) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("fusion", "auto", "items", "features"),
+    [
+        ("concat_output", "feature", "item", "feature"),
+        ("weighted_sum", "feature", "item", "feature"),
+        ("parallel", "feature", "item", "feature"),
+        ("item_only", "item", "item", None),
+        ("concat_input", "item", "item", None),
+        ("feature_only", "feature", None, "feature"),
+    ],
+)
+def test_the_subnet_that_sees_event_features(fusion, auto, items, features):
+    for event_input, expected in (("auto", auto), ("items", items), ("features", features)):
+        config = ModelConfig(fusion=fusion, event_input=event_input)
+        assert event_subnet(config) == expected
+        assert subnet_of_parameter(config, "event_inputs.embedding.missing_vectors.0") == expected
+    if fusion == "weighted_sum":
+        grouped = ModelConfig(fusion=fusion, feature_groups=[["a"], ["b"]])
+        assert event_subnet(grouped) == "feature_0"

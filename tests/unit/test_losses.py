@@ -13,6 +13,7 @@ from gru4recf_dist.data.batches import PackedBatch
 from gru4recf_dist.model.losses import NOTHING, blockwise_logsumexp, columns_of, sampled_softmax
 from gru4recf_dist.objective import Objective
 from gru4recf_dist.parallel import ranks as process_ranks
+from gru4recf_dist.table.candidates import CandidatePart, Candidates
 from gru4recf_dist.table.item_table import ShardedItemTable
 from gru4recf_dist.table.negatives import Negatives, NegativeSampler
 
@@ -166,7 +167,7 @@ def _popularity() -> np.ndarray:
 def _objective(alone, proposal, scale: float = 1.0, score: str = "dot", **loss) -> tuple[Objective, torch.Tensor]:
     config = Config(data="-", run_dir="-", model={"score": score}, loss=loss, table={"optimizer": "sgd"})
     table = ShardedItemTable(ITEMS + 1, D, alone, config.table, seed=3, std=scale, dtype=torch.float64)
-    return Objective(config, table, proposal), table.weight.clone()
+    return Objective(config, Candidates([CandidatePart(table, score)]), proposal), table.weight.clone()
 
 
 def _targets() -> torch.Tensor:
@@ -179,12 +180,13 @@ def _batch(targets: torch.Tensor, weights: torch.Tensor) -> PackedBatch:
 
 def _loss_and_gradients(objective: Objective, queries, targets, weights, step):
     """The objective's sum, and its gradients for queries and the whole table."""
-    table = objective.table
+    candidates = objective.candidates
+    table = candidates.parts[0].table
     before = table.weight.clone()
     queries = queries.clone().requires_grad_()
     positives = table.weight[targets].requires_grad_()
     batch = _batch(targets, weights)
-    loss = objective(queries, positives, batch, objective.propose([batch], step))
+    loss = objective(queries, candidates.join([positives]), batch, objective.propose([batch], step))
     loss.backward()
     table.apply_gradients(lr=1.0)
     gradient = before - table.weight

@@ -109,6 +109,7 @@ class Trainer:
         self.step = TrainingStep(config, self.model, self.engine, objective, ranks)
         self.evaluator = Evaluator(config, self.manifest, self.popularity, ranks)
         self.progress, self._window = Progress(), _Window()
+        self._best_before: float | None = None
         self.broken_steps = BrokenSteps(config.non_finite, config.run_dir, ranks)
         self._slow_ranks = SlowRanks(config.monitoring.slow_rank_factor, config.monitoring.slow_rank_seconds)
         self._resume(newest)
@@ -152,6 +153,8 @@ class Trainer:
         self._window = _Window()
         while not finished:
             steps, progress.epoch = self.loader.steps_left, self.loader.epoch
+            if self._enter_phase() and self.config.training.strategy != "interleaving":
+                self.monitor.say(f"epoch {progress.epoch + 1}: training of {', '.join(self._phase.trained)}")
             # However the loop is left, the thread that prepares the next batch has then ended.
             with closing(self.loader.prepared(self.step.prepare)) as batches:
                 for left in range(steps - 1, -1, -1):
@@ -223,12 +226,14 @@ class Trainer:
             check_replicas(progress.step, self.engine.module, self.ranks)
         return done
 
-    def _enter_phase(self) -> None:
-        """Let the next update train the subnets whose turn it is."""
+    def _enter_phase(self) -> bool:
+        """Let the next update train the subnets whose turn it is; whether these are others than before."""
         phase = phase_of(self.config.training, subnets(self.config.model), self.progress.epoch, self.progress.step)
-        if phase != self._phase:
-            self._phase = phase
-            self.step.enter(phase)
+        if phase == self._phase:
+            return False
+        self._phase = phase
+        self.step.enter(phase)
+        return True
 
     # -- logging, evaluation, checkpoints ----------------------------------------------------------------------------
 
@@ -302,9 +307,10 @@ class Trainer:
         self.monitor.scalars(progress.step, {**values, "eval/seconds": time.perf_counter() - started})
         name = self.config.early_stopping.metric
         value = metrics["valid"][name]
+        self._forget_lost_best()
         is_best = progress.best is None or value > progress.best
         if is_best:
-            progress.best = value
+            self._best_before, progress.best = progress.best, value
         # Patience is for the whole model: it begins when the last subnet has come in.
         waits = not is_best and self._phase.is_last
         progress.evaluations_since_best = progress.evaluations_since_best + 1 if waits else 0
@@ -314,6 +320,12 @@ class Trainer:
         self._window.started += time.perf_counter() - started
         return is_best
 
+    def _forget_lost_best(self) -> None:
+        """What storage did not take is not the best so far: a later one that is worse may be the best there is."""
+        self.saver.wait()
+        if self.saver.best_was_lost:
+            self.progress.best, self.saver.best_was_lost = self._best_before, False
+
     def _out_of_patience(self) -> bool:
         patience = self.config.early_stopping.patience
         return patience is not None and self.progress.evaluations_since_best >= patience
@@ -321,6 +333,7 @@ class Trainer:
     def _save(self, is_best: bool) -> None:
         started = time.perf_counter()
         HERE.enter("checkpoint")
+        self._forget_lost_best()
         self.engine.copy_weights_to(self.model.encoder)
         check_finite(self.progress.step, self.model.encoder, self.model.tables, self.ranks)
         state = {

@@ -18,7 +18,6 @@ import torch
 from gru4recf_dist.model.scoring import exact_scores, transform_rows
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.table.item_table import Exchange, ShardedItemTable
-from gru4recf_dist.table.partition import RowPartition
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,6 @@ class Candidates:
     def score(self) -> str:
         """`cosine` if any part's rows are brought to unit length, which costs float32 some precision."""
         return "cosine" if any(part.score == "cosine" for part in self.parts) else "dot"
-
-    @property
-    def partition(self) -> RowPartition:
-        return self._first.partition
 
     @property
     def own(self) -> range:

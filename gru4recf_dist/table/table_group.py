@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -77,7 +77,7 @@ class TableGroup:
         """`state_dict` as it is now, in the host's memory: what the next updates change is not in it."""
         return self._named(table.host_copy() for table in self)
 
-    def _named(self, states) -> dict[str, DTensor]:
+    def _named(self, states: Iterable[dict[str, DTensor]]) -> dict[str, DTensor]:
         pairs = zip(self._tables, states, strict=True)
         return {f"{name}.{key}": tensor for name, state in pairs for key, tensor in state.items()}
 

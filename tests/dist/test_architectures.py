@@ -48,6 +48,7 @@ CASES = {
 SETTINGS = (
     "precision=fp64",
     f"max_steps={STEPS}",
+    "checkpoint.every_epochs=null",
     "loader.max_length=20",
     "loss.name=full_softmax",
     "optimizer.lr=0.02",
@@ -189,7 +190,7 @@ SAMPLED = {
 def _sampled_runs(world: int, data, folder, *extra: str) -> dict[str, tuple[dict, list[float]]]:
     """Of each, the end and the losses."""
     configs = {
-        name: small_config(data, folder / name, f"model.fusion={name}", "max_steps=8", *settings, *extra)
+        name: small_config(data, folder / name, f"model.fusion={name}", "max_steps=8", "checkpoint.every_epochs=null", *settings, *extra)
         for name, settings in SAMPLED.items()
     }
     states = run_ranks(world, _end_of_each, folder, configs)

@@ -46,8 +46,8 @@ def hang(_: Ranks, config: Config, late: int, where: str) -> str:
                 loss = trainer.step._loss
                 trainer.step._loss = lambda *arguments: sleepy(loss, *arguments)
             else:
-                apply = trainer.table.apply_gradients
-                trainer.table.apply_gradients = lambda *arguments: sleepy(apply, *arguments)
+                apply = trainer.model.tables.apply_gradients
+                trainer.model.tables.apply_gradients = lambda *arguments: sleepy(apply, *arguments)
             trainer.train()
     except RanksLost as error:
         return str(error)

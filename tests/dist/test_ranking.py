@@ -142,6 +142,38 @@ def test_counts_equal_the_reference_at_every_number_of_shards_and_tile_size(worl
         assert [a - s for a, s in zip(above, seen, strict=True)] == expected_unseen
 
 
+@pytest.mark.parametrize("ties", ["against", "for"])
+@pytest.mark.parametrize("score", ["dot", "cosine"])
+@pytest.mark.parametrize("world", [1, 3])
+def test_counts_over_tables_side_by_side_equal_the_reference(world, score, ties):
+    """Columns 0 to 2 in one table, 3 to 7 in another, and a bias: the scores of the parts are summed."""
+    rows, targets = make_rows(), list(range(1, ITEMS + 1))
+    bias = (np.random.default_rng(4).integers(-3, 4, (ITEMS + 1, 1)) / 8).astype(np.float32)
+    bias[10:26] = bias[10]
+    queries = np.concatenate([make_queries(ITEMS, 2), np.ones((ITEMS, 1), np.float32)], axis=1)
+    scores = sum(reference_scores(queries[:, part], rows[:, part], score) for part in (slice(0, 3), slice(3, D)))
+    scores = scores + bias.astype(np.float64).T
+    expected = [reference_rank(scores[q], t, ties, set()) - 1 for q, t in enumerate(targets)]
+    pairs = [(query, item) for query in range(ITEMS) for item in (10, 21, 58)]
+    unseen = [reference_rank(scores[q], t, ties, {10, 21, 58}) - 1 for q, t in enumerate(targets)]
+    tables = [_shards(np.ascontiguousarray(columns), world) for columns in (rows[:, :3], rows[:, 3:], bias)]
+    shards = [
+        Candidates([CandidatePart(first, score), CandidatePart(second, score), CandidatePart(last, "dot")])
+        for first, second, last in zip(*tables, strict=True)
+    ]
+    vectors, wanted = torch.from_numpy(queries), torch.tensor(targets)
+    of_targets = [torch.cat([shard.weight for shard in table])[wanted] for table in tables]
+    common = (vectors, wanted, shards[0].exact_scores(vectors, of_targets))
+    # torch's square root may differ from numpy's in the last bit, alike for all rows.
+    np.testing.assert_allclose(common[2].numpy(), scores[np.arange(ITEMS), targets], rtol=1e-15, atol=1e-15)
+    query, item = torch.tensor(pairs).T
+    seen = sum(count_seen_above(*common, query, item, shard, ties) for shard in shards)
+    for tile_rows in TILES:
+        above = sum(count_above(*common, shard, tile_rows, ties) for shard in shards)
+        assert above.tolist() == expected
+        assert (above - seen).tolist() == unseen
+
+
 def test_ties_are_exact_and_both_policies_bound_them():
     rows, queries = make_rows(), make_queries(20, 5)
     shards, targets = _shards(rows, 3), [10] * 20

@@ -17,11 +17,11 @@ from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.table.negatives import read_popularity
 from gru4recf_dist.trainer import Trainer
 from tests.dist.test_architectures import GROUPS, ITEMS, data  # noqa: F401 (a fixture)
-from tests.dist.test_resume import train_until
+from tests.dist.test_resume import resume, train_until, train_until_signal
 from tests.dist.test_world_size_equality import relative_error
 from tests.support.plain_models import PlainModel, padded, read_features
 from tests.support.ranks import run_ranks
-from tests.support.training import final_state, logged_lines, small_config, whole
+from tests.support.training import final_state, logged_lines, small_config, train, whole
 
 pytestmark = pytest.mark.dist
 
@@ -87,6 +87,7 @@ def expected_turn(name: str, step: int, names: list[str]) -> str:
 def test_what_is_frozen_keeps_every_bit_and_is_not_sent(tmp_path, data):  # noqa: F811
     settings = (
         f"max_steps={4 * EPOCH}",
+        "checkpoint.every_epochs=null",
         "optimizer.name=adamw",
         "optimizer.weight_decay=0.1",
         "table.optimizer=lazy_adam",
@@ -170,6 +171,21 @@ def test_a_run_that_dies_in_every_phase_and_at_their_ends_ends_bit_equal(tmp_pat
     assert json.loads((tmp_path / "residual-whole/result.json").read_text())["steps"] >= 3 * EPOCH
 
 
+def test_an_evaluation_that_a_signal_put_off_is_of_the_phase_that_had_ended(tmp_path, data):  # noqa: F811
+    settings = (*TIED, "model.score=cosine", *RESIDUAL, f"max_steps={2 * EPOCH}", "evaluation.every_epochs=1")
+    run_ranks(1, train, tmp_path, small_config(data, tmp_path / "unbroken", *settings))
+    config = small_config(data, tmp_path / "run", *settings)
+    # The first phase ends with this step: when the run goes on, it stands at the beginning of the second.
+    assert run_ranks(1, train_until_signal, tmp_path, config, EPOCH) == [(None, 0)]
+    run_ranks(1, resume, tmp_path, config)
+
+    def evaluated(run: str) -> list[tuple]:
+        lines = logged_lines(tmp_path / run)
+        return [(line["step"], line["eval/valid/ndcg@10"]) for line in lines if "eval/valid/ndcg@10" in line]
+
+    assert len(evaluated("run")) == 2 and evaluated("run") == evaluated("unbroken")
+
+
 # -- against plain torch ----------------------------------------------------------------------------------------------
 
 PLAIN = {
@@ -240,7 +256,7 @@ def train_each(ranks: Ranks, configs: dict[str, Config]) -> dict[str, tuple[dict
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_strategy_makes_the_updates_of_a_plain_torch_model(tmp_path, data, world):  # noqa: F811
     settings = ("precision=fp64", f"max_steps={STEPS}", "loader.max_length=20", "loss.name=full_softmax")
-    optimizers = ("optimizer.lr=0.02", "table.optimizer=adagrad", "table.lr=0.1")
+    optimizers = ("checkpoint.every_epochs=null", "optimizer.lr=0.02", "table.optimizer=adagrad", "table.lr=0.1")
     configs = {
         name: small_config(data, tmp_path / name, *settings, *optimizers, *extra) for name, extra in PLAIN.items()
     }

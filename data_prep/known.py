@@ -212,9 +212,13 @@ def _check_keys(recipe: Recipe, kinds: dict[str, str], manifest: Manifest, data:
     }
     if first.store_times or any(feature.kind == "time_gap" for feature in manifest.event_features):
         pairs["input.time_format"] = (recipe.input.time_format, first.input.time_format)
+    told = {feature["name"]: feature for feature in manifest.recipe.get("features", [])}
     for now, then in zip(recipe.features, first.features, strict=False):
-        for key in ("standardize", "flag_missing"):
-            pairs[f"features.{now.name}.{key}"] = (getattr(now, key), getattr(then, key))
+        pairs[f"features.{now.name}.standardize"] = (now.standardize, then.standardize)
+        if kinds[now.name] == "float":
+            # A recipe from before there was this key: missing numbers are 0 there, and cannot be told from others.
+            flagged = "flag_missing" in told.get(now.name, {}) and then.flag_missing
+            pairs[f"features.{now.name}.flag_missing"] = (now.flag_missing, flagged)
     for now, then in zip(recipe.event_features, first.event_features, strict=False):
         pairs[f"event_features.{now.name}.standardize"] = (now.standardize, then.standardize)
     for key, (now, then) in pairs.items():

@@ -73,7 +73,7 @@ class SessionReader:
         self.tokens = ["", *tokens]
         self.counts = Counts()
         self._ids = {token: number for number, token in enumerate(self.tokens) if number != PADDING_ID}
-        self._features = features
+        self._features, self._known = features, [feature.name for feature in manifest.event_features]
         self._needs_times = any(feature.kind == "time_gap" for feature in features)
         self._values = {
             feature.name: _value_ids(file_url(data, str(feature.vocabulary)), feature)
@@ -115,6 +115,10 @@ class SessionReader:
         events = line.get("events", {}) if self._features else {}
         if not isinstance(events, dict):
             raise UserError(f"{place}: 'events' must be an object of lists, by the name of the event feature")
+        for name in events:
+            # One that only this model does not take is no mistake.
+            if name not in self._known:
+                raise UserError(f"{place}: events.{name}: no such event feature (there are: {', '.join(self._known)})")
         times = _list(line.get("times") if self._needs_times else None, known, f"{place}: times")
         columns = {}
         for feature in self._features:

@@ -98,6 +98,10 @@ def test_keys_that_the_model_does_not_use_may_hold_anything(data):
         ({"events": {"price": 3}}, "in.jsonl:1: events.price must be a list of 2 values"),
         ({"events": {"price": [1, "x"]}}, 'in.jsonl:1: events.price: "x" is not a number'),
         ({"events": {"price": [1, [2]]}}, "in.jsonl:1: events.price: [2] is not a number"),
+        (
+            {"events": {"typ": ["a", "b"]}},
+            "in.jsonl:1: events.typ: no such event feature (there are: type, price, gap)",
+        ),
         ({"times": [1]}, "in.jsonl:1: times must be a list of 2 values"),
         ({"times": [1, "noon"]}, 'in.jsonl:1: times: "noon" is not a number'),
     ],

@@ -10,10 +10,11 @@ import pytest
 
 from gru4recf_dist import config as configuration
 from gru4recf_dist.config import LossConfig
+from gru4recf_dist.model.features import FeatureSpec
 from gru4recf_dist.parallel.collectives import gather_shares
 from gru4recf_dist.plan import main
 from gru4recf_dist.planning import memory, popularity, speed, wire
-from gru4recf_dist.planning.workload import Workload, expected_counts
+from gru4recf_dist.planning.workload import ItemFeature, Workload, expected_counts
 from gru4recf_dist.table.negatives import NegativeSampler
 from gru4recf_dist.table.partition import RowPartition
 
@@ -71,6 +72,18 @@ def test_table_and_its_state_are_counted_row_by_row(optimizer, floats):
     on_host = _workload(999, 8, table__optimizer=optimizer, table__device="cpu")
     assert "table rows" not in memory.device_bytes(on_host, expected_counts(on_host))
     assert memory.node_bytes(on_host, 4)["table rows"] == 4 * 125 * 64 * 4
+
+
+@pytest.mark.parametrize(("optimizer", "floats"), [("lazy_adam", 2 * (64 + 100 + 100 + 1)), ("rowwise_adagrad", 4)])
+def test_tables_that_only_outputs_have_are_counted_too(optimizer, floats):
+    given = ["model.fusion=parallel", "model.output_bias=true", "model.hidden_size=100", f"table.optimizer={optimizer}"]
+    config = configuration.load(None, ["data=x", "run_dir=x", *given], training=False)
+    features = (ItemFeature(FeatureSpec("brand", "token", 50)),)
+    plan = Workload(config, 999, 8, 8.0, features, popularity.zipf(999, 1.0))
+    parts = memory.device_bytes(plan, expected_counts(plan))
+    # Item rows, an output matrix of each RNN, the bias.
+    assert parts["table rows"] == 125 * (64 + 100 + 100 + 1) * 4
+    assert parts["row optimizer state"] == 125 * floats * 4
 
 
 def test_one_rank_sends_nothing():

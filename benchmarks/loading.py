@@ -99,7 +99,8 @@ def _ours(data: str, manifest: Manifest, batch_size: int) -> float:
 def _write_peer_sessions(data: str, manifest: Manifest, folder: str, events: int) -> None:
     """The first sessions of the data set, as the two arrays that the peers start from."""
     items, lengths, count = [], [], 0
-    blocks = (block for shard in manifest.splits["train"].shards for block in read_blocks(data, shard, manifest.items))
+    shards, features = manifest.splits["train"].shards, manifest.event_features
+    blocks = (block for shard in shards for block in read_blocks(data, shard, manifest.items, event_features=features))
     for block in blocks:
         items.append(block.items)
         lengths.append(block.lengths)

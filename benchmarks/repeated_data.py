@@ -33,7 +33,8 @@ def write_repeated(source: str, data: str, events: int) -> Manifest:
     splits = {**manifest.splits, "train": writer.split_info(list(shards))}
     for file in sorted(set(manifest.files) - {shard.url for shard in train.shards}):
         storage.write_bytes(storage.join(data, file), storage.read_bytes(storage.join(source, file)))
-    repeated = manifest.model_copy(update={"splits": splits})
+    # Items only: what is measured with it has no event features.
+    repeated = manifest.model_copy(update={"splits": splits, "event_features": []})
     write_manifest(data, repeated)
     return repeated
 
@@ -43,7 +44,8 @@ def _events(source: str, manifest: Manifest, times: int) -> Iterator[pa.RecordBa
     train = manifest.splits["train"]
     for stream in range(manifest.streams):
         infos = [shard for shard in train.shards if shard.stream == stream]
-        sessions = concatenate([block for info in infos for block in read_blocks(source, info, manifest.items)])
+        shards = (read_blocks(source, info, manifest.items, event_features=manifest.event_features) for info in infos)
+        sessions = concatenate([block for blocks in shards for block in blocks])
         count = len(sessions.lengths)
         for copy in range(times):
             # A number tells the stream, too: that of its remainder.

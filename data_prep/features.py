@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import ibis
 import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
 import numpy as np
@@ -12,18 +11,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep import readers
+from data_prep import readers, value_vocabulary
 from data_prep.columns import in_arrow_memory
 from data_prep.engine import Engine, finite
+from data_prep.feature_recipes import FeatureRecipe
 from data_prep.item_tables import item_tables
 from data_prep.known import Known
-from data_prep.recipe import FeatureRecipe, Recipe
+from data_prep.recipe import Recipe
 from data_prep.sources import resolve
+from data_prep.value_vocabulary import FIRST_VALUE_ID
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.shard_format import PADDING_ID, UNKNOWN_VALUE_ID, Feature
 from gru4recf_dist.errors import UserError
 
-FIRST_VALUE_ID = 2
 # Rows of a `.npy` of vectors that are held at a time.
 VECTOR_ROWS = 1 << 16
 
@@ -107,7 +107,7 @@ class ItemFeatures:
             if len(chunk) != stop - start:
                 raise UserError(f"{url}: has fewer rows than {names_url}, which names {len(names)}")
             here = slice(*np.searchsorted(rows, [start, stop]))
-            values[ids[here]] = chunk[rows[here] - start]
+            values[ids[here]] = _finite_vectors(url, chunk[rows[here] - start])
         if len(storage.read_npy_rows(url, len(names), len(names) + 1)):
             raise UserError(f"{url}: has more rows than {names_url}, which names {len(names)}")
         present[ids] = True
@@ -160,8 +160,8 @@ class _Files:
             values[: len(before)] = before
         return values
 
-    def vocabulary(self, engine: Engine, values: ir.Table) -> tuple[pa.Array, str]:
-        """Values of training items, the most frequent first, ties by the value, behind those that there are already.
+    def vocabulary(self, engine: Engine, values: ir.Table, min_count: int) -> tuple[pa.Array, str]:
+        """Values of at least ``min_count`` training items, behind those that there are already.
 
         Returns:
             the vocabulary, and the name of the file that it was written to.
@@ -170,25 +170,14 @@ class _Files:
         if self.before is not None:
             known = self._known.read_tokens(str(self.before.vocabulary))
         seen = values.filter((values.popularity > 0) & (values.value != ""))
-        counts = seen.group_by("value").agg(items=seen.count())
-        ordered = counts.order_by(ibis.desc("items"), "value").select("value")
-        pieces = [batch.column("value").cast(pa.string()) for batch in engine.batches(ordered)]
-        pieces = [piece.filter(pc.invert(pc.is_in(piece, value_set=known))) for piece in pieces]
-        vocabulary = pa.concat_arrays([known, *pieces])
-        url = self.url("vocabulary.parquet")
-        ids = np.arange(FIRST_VALUE_ID, FIRST_VALUE_ID + len(vocabulary), dtype=np.int32)
-        write_parquet(storage.join(self._data, url), pa.table({"id": ids, "token": vocabulary}))
+        counts = seen.group_by("value").agg(count=seen.count())
+        vocabulary, url = value_vocabulary.grown(engine, counts, known, min_count), self.url("vocabulary.parquet")
+        value_vocabulary.write(storage.join(self._data, url), vocabulary)
         return vocabulary, url
 
 
-def write_parquet(url: str, table: pa.Table) -> None:
-    """Write a Parquet file atomically."""
-    with storage.open_atomic(url) as stream:
-        pq.write_table(table, stream)
-
-
 def _encoded(values: pa.Array, vocabulary: pa.Array) -> np.ndarray:
-    """Vocabulary ids of non-empty values; 1 for those that no training item has."""
+    """Vocabulary ids of non-empty values; 1 for those that are not in it."""
     positions = pc.index_in(values.cast(pa.string()), value_set=vocabulary)
     ids = pc.add(positions, FIRST_VALUE_ID)
     return pc.fill_null(ids, UNKNOWN_VALUE_ID).to_numpy(zero_copy_only=False).astype(np.int32)
@@ -197,7 +186,7 @@ def _encoded(values: pa.Array, vocabulary: pa.Array) -> np.ndarray:
 def _write_token(
     engine: Engine, column: ir.Table, items: int, files: _Files, feature: FeatureRecipe
 ) -> tuple[Feature, np.ndarray]:
-    vocabulary, vocabulary_url = files.vocabulary(engine, column)
+    vocabulary, vocabulary_url = files.vocabulary(engine, column, feature.min_count)
     values = files.extended(np.full(items + 1, PADDING_ID, dtype=np.int32))
     for batch in engine.batches(column.filter(column.value != "").order_by("id")):
         values[batch.column("id").to_numpy()] = _encoded(batch.column("value"), vocabulary)
@@ -211,7 +200,7 @@ def _write_token_seq(
     engine: Engine, column: ir.Table, items: int, files: _Files, feature: FeatureRecipe
 ) -> tuple[Feature, np.ndarray]:
     flat = column.select("popularity", value=column.value.unnest())
-    vocabulary, vocabulary_url = files.vocabulary(engine, flat)
+    vocabulary, vocabulary_url = files.vocabulary(engine, flat, feature.min_count)
     lengths = np.zeros(items + 1, dtype=np.int64)
     pieces = [np.zeros(0, np.int32)]
     if files.before is not None:
@@ -263,8 +252,19 @@ def _write_float(
         else:
             mean, deviation = 0.0, 1.0
         values[present] = (values[present] - mean) / deviation
-    url = files.write("values", files.extended(values.astype(np.float32)))
-    entry = Feature(name=feature.name, kind="float", size=1, values=url, mean=mean, deviation=deviation)
+    with np.errstate(over="ignore"):
+        column_values = values.astype(np.float32)
+    # What is no number in float32 is none.
+    present &= np.isfinite(column_values)
+    column_values[~present] = np.nan if feature.flag_missing else 0.0
+    # Of padding, which is no item, nothing is missing.
+    column_values[PADDING_ID] = 0.0
+    column_values = files.extended(column_values)
+    missing = bool(np.isnan(column_values).any())
+    url = files.write("values", column_values)
+    entry = Feature(
+        name=feature.name, kind="float", size=1, values=url, mean=mean, deviation=deviation, missing=missing
+    )
     return entry, present
 
 
@@ -281,14 +281,23 @@ def _write_column_vector(
         if (lengths != values.shape[1]).any():
             sizes = f"{values.shape[1]} and {lengths[lengths != values.shape[1]][0]}"
             raise UserError(f"features.{feature.name}: vectors have different sizes ({sizes})")
-        flat = pc.fill_null(pc.list_flatten(lists), 0.0).to_numpy(zero_copy_only=False)
-        values[ids] = flat.reshape(len(ids), -1)
+        flat = pc.fill_null(pc.list_flatten(lists).cast(pa.float64()), np.nan).to_numpy(zero_copy_only=False)
+        values[ids] = _finite_vectors(f"features.{feature.name}", flat.reshape(len(ids), -1))
         present[ids] = True
     if values is None and files.before is not None:
         values = np.zeros((items + 1, files.before.size), dtype=np.float32)
     if values is None:
         raise UserError(f"features.{feature.name}: no item of the catalog has a vector")
     return _write_vector(feature.name, values, files), present
+
+
+def _finite_vectors(place: str, vectors: np.ndarray) -> np.ndarray:
+    """``vectors`` as float32, every element of which is a number."""
+    with np.errstate(over="ignore"):
+        vectors = vectors.astype(np.float32)
+    if not np.isfinite(vectors).all():
+        raise UserError(f"{place}: a vector has an element that is missing or no finite float32 number")
+    return vectors
 
 
 def _write_vector(name: str, values: np.ndarray, files: _Files) -> Feature:

@@ -16,7 +16,8 @@ from data_prep import readers
 from data_prep.bad_rows import BadRows
 from data_prep.columns import Column, ColumnKind, Request, convert
 from data_prep.engine import Engine, finite
-from data_prep.recipe import FeatureRecipe, ItemTable, Layout, Recipe
+from data_prep.feature_recipes import FeatureRecipe
+from data_prep.recipe import ItemTable, Layout, Recipe
 from data_prep.sources import expand, recbole_name
 from gru4recf_dist.data import storage
 from gru4recf_dist.errors import UserError

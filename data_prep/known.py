@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from data_prep.engine import Engine
 from data_prep.recipe import Recipe
 from gru4recf_dist.data import storage
+from gru4recf_dist.data.event_columns import EventFeature
 from gru4recf_dist.data.shard_format import (
     MANIFEST,
     POPULARITY,
@@ -68,6 +69,9 @@ class Known:
 
     def feature(self, name: str) -> Feature | None:
         return self.manifest.feature(name) if self.manifest else None
+
+    def event_feature(self, name: str) -> EventFeature | None:
+        return self.manifest.event_feature(name) if self.manifest else None
 
     def named(self, name: str) -> str:
         """The name of a file that is written anew with every append: no manifest before names it."""
@@ -123,6 +127,7 @@ class Known:
         streams: int,
         splits: dict[str, SplitInfo],
         features: list[Feature],
+        event_features: list[EventFeature],
         inputs: list[InputFile],
         report: list[dict],
     ) -> Manifest:
@@ -140,6 +145,7 @@ class Known:
             protocol="leave_one_out" if recipe.split.method == "leave_one_out" else "every_position",
             splits=splits,
             features=features,
+            event_features=event_features,
             ancestors=[*old.ancestors, old.training_digest] if old else [],
             tokens=self.named(TOKENS),
             popularity=self.named(POPULARITY),
@@ -199,11 +205,22 @@ def _check_keys(recipe: Recipe, kinds: dict[str, str], manifest: Manifest, data:
             shown([(feature.name, kinds[feature.name]) for feature in recipe.features]),
             shown([(feature.name, feature.kind) for feature in manifest.features]),
         ),
+        "event_features": (
+            shown([(feature.name, feature.kind) for feature in recipe.event_features]),
+            shown([(feature.name, feature.kind) for feature in manifest.event_features]),
+        ),
     }
-    if first.store_times:
+    if first.store_times or any(feature.kind == "time_gap" for feature in manifest.event_features):
         pairs["input.time_format"] = (recipe.input.time_format, first.input.time_format)
+    told = {feature["name"]: feature for feature in manifest.recipe.get("features", [])}
     for now, then in zip(recipe.features, first.features, strict=False):
         pairs[f"features.{now.name}.standardize"] = (now.standardize, then.standardize)
+        if kinds[now.name] == "float":
+            # A recipe from before there was this key: missing numbers are 0 there, and cannot be told from others.
+            flagged = "flag_missing" in told.get(now.name, {}) and then.flag_missing
+            pairs[f"features.{now.name}.flag_missing"] = (now.flag_missing, flagged)
+    for now, then in zip(recipe.event_features, first.event_features, strict=False):
+        pairs[f"event_features.{now.name}.standardize"] = (now.standardize, then.standardize)
     for key, (now, then) in pairs.items():
         if now != then:
             raise UserError(f"{key}: {now}, but the data set at {data} was prepared with {then}")

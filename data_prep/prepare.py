@@ -15,13 +15,16 @@ from tqdm import tqdm
 from data_prep import output, splits, steps, vocabulary, writer
 from data_prep.bad_rows import QUARANTINE, write_record
 from data_prep.engine import MICROSECONDS, Engine, Unread, open_engine
-from data_prep.features import ItemFeatures, write_parquet
+from data_prep.event_features import EventFeatures
+from data_prep.features import ItemFeatures
 from data_prep.fingerprint import fingerprints
 from data_prep.known import Known, read_known
 from data_prep.recipe import Recipe
 from data_prep.report import Report
 from data_prep.sources import VALID, EventFile, event_files, event_reader, staged_schema
+from data_prep.value_vocabulary import write_parquet
 from gru4recf_dist.data import storage
+from gru4recf_dist.data.event_columns import EventFeature
 from gru4recf_dist.data.shard_format import POPULARITY, SPLITS, TOKENS, InputFile, ShardInfo, SplitInfo, write_manifest
 from gru4recf_dist.errors import UserError
 
@@ -66,6 +69,7 @@ class _Preparation:
         self.engine = engine
         self.files = files
         self.features = features
+        self.event_features = EventFeatures(recipe)
         self.inputs = inputs
         self.known = known
         self.appends = known.manifest is not None
@@ -97,17 +101,20 @@ class _Preparation:
             self._write_quarantine(data)
             count = self._write_items(catalog, data)
             written, rows = self.features.write(self.engine, catalog, count, data, self.known)
-            for row in rows:
+            described, more_rows = self.event_features.describe(self.engine, parts["train"], data, self.known)
+            for row in (*rows, *more_rows):
                 self.report.add_feature(row)
             infos = {}
             for name in SPLITS:
                 dealt = streams if name == "train" else 1
                 shard = self.recipe.shard_sessions
                 first = self.known.sessions(name)
-                table = vocabulary.numbered_events(parts[name], numbers[name], catalog, dealt, shard, first)
-                infos[name] = self._write_split(name, table, dealt, data)
+                events = self.event_features.numbered(parts[name])
+                more = self.event_features.columns
+                table = vocabulary.numbered_events(events, numbers[name], catalog, dealt, shard, first, more)
+                infos[name] = self._write_split(name, table, dealt, data, described)
             manifest = self.known.manifest_with(
-                self.recipe, count, streams, infos, written, self.inputs, self.report.rows
+                self.recipe, count, streams, infos, written, described, self.inputs, self.report.rows
             )
             if self.appends:
                 output.replace_manifest(data, self.known.content, manifest)
@@ -119,7 +126,7 @@ class _Preparation:
         """Stage the raw rows and judge each."""
         reader = event_reader(self.recipe, self.files)
         within = self.recipe.input.time_within is not None
-        schema = staged_schema(reader.time, within)
+        schema = staged_schema(reader.time, within, self.event_features.columns)
         raw, self.unread = self.engine.stage_files("raw", schema, len(self.files), reader)
         return steps.judged(self.engine, raw, self.recipe.input.time_format)
 
@@ -161,7 +168,8 @@ class _Preparation:
         """Events in codes; the sessions' codes and keys; the items' codes and tokens."""
         sessions = self.engine.keep("session_codes", steps.codes(good, "session", "part"))
         items = self.engine.keep("item_codes", steps.codes(good, "item"))
-        events = self.engine.keep("events", steps.coded(good, sessions, items))
+        coded = self.event_features.carried(self.engine, good, steps.coded(good, sessions, items))
+        events = self.engine.keep("events", coded)
         for name in ("raw", "ranked_within", "ordered", "deduplicated"):
             self.engine.drop(name)
         gap = self.recipe.session_gap
@@ -174,7 +182,7 @@ class _Preparation:
         numbered = self.engine.keep("numbered", steps.cut_by_gap(events, gap))
         cut = self.engine.keep("gap_sessions", steps.gap_sessions(numbered, sessions))
         self.engine.drop("events")
-        events = self.engine.keep("events", steps.with_gap_sessions(numbered, cut))
+        events = self.engine.keep("events", steps.with_gap_sessions(numbered, cut, self.event_features.columns))
         self.engine.drop("numbered")
         self._add("sessionize", events)
         return events, cut.select("code", "key"), items
@@ -287,7 +295,9 @@ class _Preparation:
         storage.write_npy(storage.join(data, self.known.named(POPULARITY)), popularity)
         return count
 
-    def _write_split(self, name: str, table: ir.Table, streams: int, data: str) -> SplitInfo:
+    def _write_split(
+        self, name: str, table: ir.Table, streams: int, data: str, event_features: list[EventFeature]
+    ) -> SplitInfo:
         total = next(row["events"] for row in self.report.rows if row.get("step") == f"split: {name}")
         write = functools.partial(
             writer.write_described,
@@ -299,8 +309,11 @@ class _Preparation:
             last_event_only=self.one_target and name != "train",
             first_number=self.known.sessions(name),
             earlier_shards=self.known.shards(name, streams),
+            event_features=event_features,
+            store_times=self.recipe.store_times,
         )
-        columns = ["number", "item", *(["time"] if self.recipe.store_times else [])]
+        needs_times = self.recipe.store_times or any(feature.kind == "time_gap" for feature in event_features)
+        columns = ["number", "item", *(["time"] if needs_times else []), *self.event_features.columns]
         shards = []
         with tqdm(total=total, desc=f"writing {name}", unit=" events", unit_scale=True, disable=None) as bar:
             for text in self.engine.run_sorted(

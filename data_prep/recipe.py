@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from data_prep.feature_recipes import EventFeatureRecipe, FeatureRecipe
 from gru4recf_dist.data import filesystems
 from gru4recf_dist.data.blocks import MAX_BLOCK_SESSIONS
 from gru4recf_dist.data.storage_config import StorageConfig
 from gru4recf_dist.section import Section
 
 Format = Literal["recbole", "csv", "tsv", "parquet", "jsonl"]
-Kind = Literal["token", "token_seq", "float", "vector"]
 
 
 class Layout(Section):
@@ -174,60 +173,6 @@ class ItemTable(Layout):
         return self
 
 
-class FeatureRecipe(Section):
-    """One item feature."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_\-]+$", description="name in the manifest; letters, digits, _ and -")
-    kind: Kind | None = Field(
-        None, description="token, token_seq, float or vector; for recbole by default what the file's header says"
-    )
-    table: str | None = Field(None, description="its table, one of `item_tables`; default: `items`")
-    column: str | None = Field(
-        None, description="column of the item table (long tables: property of the item); default: `name`"
-    )
-    extract: str | None = Field(
-        None,
-        description="regular expression with one group, searched in every value: the group is the value, and one that "
-        "does not match is missing",
-    )
-    remove: str | None = Field(
-        None, min_length=1, description="characters to take out of every value: `$,` makes a number of $1,299.00"
-    )
-    separator: str = Field(" ", min_length=1, description="between the values of a token_seq or vector kept as text")
-    standardize: bool = Field(
-        False, description="float: subtract the mean and divide by the deviation of the training items"
-    )
-    npy: str | None = Field(None, description="vector: a `.npy` [rows, size] to take the values from")
-    npy_items: str | None = Field(
-        None, description="vector: the item of each row of `npy`: a text file with one a line, or Parquet"
-    )
-
-    @model_validator(mode="after")
-    def _options_agree(self) -> FeatureRecipe:
-        if (self.npy is None) != (self.npy_items is None):
-            raise ValueError("npy and npy_items must be given together")
-        if self.npy is not None and self.kind not in (None, "vector"):
-            raise ValueError(f"npy needs kind vector, not {self.kind}")
-        if self.standardize and self.kind not in (None, "float"):
-            raise ValueError(f"standardize needs kind float, not {self.kind}")
-        for key in ("table", "column", "extract", "remove"):
-            if self.npy is not None and getattr(self, key) is not None:
-                raise ValueError(f"{key} is of no use with npy")
-        return self
-
-    @field_validator("extract")
-    @classmethod
-    def _one_group(cls, extract: str | None) -> str | None:
-        if extract is not None:
-            try:
-                groups = re.compile(extract).groups
-            except re.error as error:
-                raise ValueError(f"is not a regular expression: {error}") from error
-            if groups != 1:
-                raise ValueError(f"must have one group, not {groups}")
-        return extract
-
-
 class Spark(Section):
     """The Spark cluster and its settings."""
 
@@ -294,6 +239,7 @@ class Recipe(Section):
     items: ItemTable = Field(ItemTable(), description="the item table")
     item_tables: dict[str, ItemTable] = Field({}, description="further item tables, by the name that features use")
     features: list[FeatureRecipe] = Field([], description="the item features to keep")
+    event_features: list[EventFeatureRecipe] = Field([], description="the event features to keep")
     streams: int | None = Field(
         None,
         ge=1,
@@ -350,10 +296,10 @@ class Recipe(Section):
             raise ValueError(f"input.{given[0]} needs split.method=files")
         if self.input.files and self.split.method == "files":
             raise ValueError("input.files: with split.method=files give train_files and test_files")
-        names = [feature.name for feature in self.features]
+        names = [feature.name for feature in (*self.features, *self.event_features)]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(f"features: '{repeated[0]}' is listed twice")
+            raise ValueError(f"features: '{repeated[0]}' is listed twice (in features and event_features together)")
         for feature in self.features:
             if feature.table is not None and feature.table not in self.item_tables:
                 known = ", ".join(self.item_tables) or "none"

@@ -48,6 +48,14 @@ class Report:
                 numbers = (_number(row[key]) for key in ("size", "longest", "items_without"))
                 lines.append([row["feature"], row["kind"], *numbers])
             text += "\n\n" + _aligned(lines, {0, 1})
+        event_features = [row for row in self.rows if "event_feature" in row]
+        if event_features:
+            lines = [["event feature", "kind", "size", "training events without"]]
+            for row in event_features:
+                lines.append(
+                    [row["event_feature"], row["kind"], *(_number(row[k]) for k in ("size", "events_without"))]
+                )
+            text += "\n\n" + _aligned(lines, {0, 1})
         return text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,7 +123,16 @@ def key_column(given: Input) -> str:
     return given.user or given.session
 
 
-def staged_schema(time: pa.DataType, within: bool) -> pa.Schema:
+def event_columns(recipe: Recipe) -> dict[str, Column]:
+    """The columns of the recipe's event features, the n-th as `event_n`; time gaps have none."""
+    return {
+        f"event_{number}": Column(feature.column or feature.name, "text" if feature.kind == "token" else "number")
+        for number, feature in enumerate(recipe.event_features)
+        if feature.kind != "time_gap"
+    }
+
+
+def staged_schema(time: pa.DataType, within: bool, event_features: Iterable[str] = ()) -> pa.Schema:
     """Columns of the staged raw events. ``ordinal`` orders all events of all files: file, then place in the file."""
     return pa.schema(
         {
@@ -135,6 +144,7 @@ def staged_schema(time: pa.DataType, within: bool) -> pa.Schema:
             "session": pa.string(),
             "item": pa.string(),
             "time": time,
+            **dict.fromkeys(event_features, pa.string()),
         }
     )
 
@@ -193,6 +203,7 @@ class EventReader:
                     "session": batch.columns["session"],
                     "item": batch.columns["item"],
                     "time": time,
+                    **{name: batch.columns[name].cast(pa.string()) for name in event_columns(self.recipe)},
                 }
             )
             ordinal += rows
@@ -217,6 +228,7 @@ def _batches(recipe: Recipe, file: EventFile, bad_rows: BadRows) -> Iterator[tup
         "session": Column(key_column(given), "text"),
         "item": Column(given.item, "text"),
         "time": Column(given.time, "time"),
+        **event_columns(recipe),
         **row_filter.columns,
     }
     if given.time_within:

@@ -6,6 +6,8 @@ An *event* has `ordinal` (its place in the input, unique), `part` (which files i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import ibis
 import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
@@ -89,10 +91,10 @@ def gap_sessions(numbered: ir.Table, users: ir.Table) -> ir.Table:
     return named.mutate(key=named.user + ":" + named.number.cast("string"))
 
 
-def with_gap_sessions(numbered: ir.Table, sessions: ir.Table) -> ir.Table:
+def with_gap_sessions(numbered: ir.Table, sessions: ir.Table, event_features: Sequence[str] = ()) -> ir.Table:
     """Events whose `session` is the code of the session cut from the user."""
     joined = numbered.join(sessions.select("part", "session", "number", "code"), ["part", "session", "number"])
-    return joined.select("ordinal", "part", "item", "time", session="code")
+    return joined.select("ordinal", "part", "item", "time", *event_features, session="code")
 
 
 def without_short(events: ir.Table, shortest: int) -> ir.Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import ibis
 import ibis.expr.types as ir
 
@@ -57,9 +59,17 @@ def session_numbers(
 
 
 def numbered_events(
-    events: ir.Table, numbers: ir.Table, catalog: ir.Table, streams: int, shard_sessions: int, first: int = 0
+    events: ir.Table,
+    numbers: ir.Table,
+    catalog: ir.Table,
+    streams: int,
+    shard_sessions: int,
+    first: int = 0,
+    event_features: Sequence[str] = (),
 ) -> ir.Table:
     """What the writer needs: each event's `number` (of its session), `place`, `time`, `item` (id), and where it goes.
+
+    Columns of ``event_features`` stay as they are.
 
     Session n is in stream n mod ``streams``; ``shard_sessions`` that follow each other there make a `shard`, counted
     from session number ``first`` on.
@@ -67,4 +77,5 @@ def numbered_events(
     joined = events.join(numbers, "session").join(catalog.select("item", "id"), "item")
     number = joined.number
     shard = (number - first) // (streams * shard_sessions)
-    return joined.select("number", "place", "time", item="id", stream=number % streams, shard=shard)
+    named = ("number", "place", "time", *event_features)
+    return joined.select(*named, item="id", stream=number % streams, shard=shard)

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from gru4recf_dist.data.blocks import Block
+from gru4recf_dist.data.event_columns import RESERVED_NAMES, EventFeature, gap_buckets, scaled
 from gru4recf_dist.data.shard_format import ShardInfo, SplitInfo, write_shard
 
 # The chosen number of streams gives a stream about this many sessions.
@@ -20,21 +21,21 @@ FEWEST_STREAMS, MOST_STREAMS = 8, 1024
 
 @dataclass(frozen=True)
 class Sessions:
-    """Whole sessions of one stream, as flat columns (`times` int64 or None)."""
+    """Whole sessions of one stream, as flat columns."""
 
     numbers: np.ndarray  # [n]
     lengths: np.ndarray  # [n]
-    items: np.ndarray  # [E]
-    times: np.ndarray | None  # [E]
+    # Of events, [E] each: `items` and, where stored, `times` and the event features.
+    columns: dict[str, np.ndarray]
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def part(self, start: int, stop: int) -> Sessions:
         """Sessions ``start`` to ``stop`` (exclusive)."""
-        first, last = int(self.lengths[:start].sum()), int(self.lengths[:stop].sum())
-        times = None if self.times is None else self.times[first:last]
-        return Sessions(self.numbers[start:stop], self.lengths[start:stop], self.items[first:last], times)
+        events = slice(int(self.lengths[:start].sum()), int(self.lengths[:stop].sum()))
+        columns = {name: column[events] for name, column in self.columns.items()}
+        return Sessions(self.numbers[start:stop], self.lengths[start:stop], columns)
 
 
 def choose_streams(sessions: int) -> int:
@@ -54,18 +55,23 @@ def write_shards(
     last_event_only: bool,
     first_number: int = 0,
     earlier_shards: Sequence[int] | None = None,
+    event_features: Sequence[EventFeature] = (),
+    store_times: bool = True,
 ) -> Iterator[ShardInfo]:
     """Write shards of one split: all of them, or any whole ones.
 
     Args:
         data: the data set's folder.
-        batches: columns `number` (of the session), `item` and, to store it, `time`; sorted by stream, number and place.
+        batches: columns `number` (of the session) and `item`, sorted by stream, number and place; `time`, to store it
+            or for time gaps; `event_n` of the n-th event feature, a vocabulary id or a number.
         streams: that the split's sessions are dealt to.
         last_event_only: a session has one target, its last event; otherwise every event but its first is one.
         first_number: of the sessions; those before it are in the data set already.
         earlier_shards: how many shards of each stream are in the data set already; None: none.
+        event_features: as the manifest describes them.
+        store_times: whether times are stored, where there are any.
     """
-    pieces = _whole_sessions(batches)
+    pieces = _whole_sessions(batches, event_features, store_times)
     # Which shard a session is in follows from its number, so that shards can be written anywhere, in any order.
     for (stream, shard), sessions in _shards(pieces, streams, shard_sessions, first_number):
         ordinal = shard + (earlier_shards[stream] if earlier_shards else 0)
@@ -73,7 +79,7 @@ def write_shards(
             url, stream_number = f"train/s{stream:04d}-{ordinal:06d}.tar", stream
         else:
             url, stream_number = f"{split}/{ordinal:06d}.tar", ordinal
-        targets = len(sessions) if last_event_only else len(sessions.items) - len(sessions)
+        targets = len(sessions) if last_event_only else len(sessions.columns["items"]) - len(sessions)
         yield write_shard(data, url, stream_number, list(_blocks(sessions, block_sessions)), targets)
 
 
@@ -96,7 +102,9 @@ def split_info(shards: list[ShardInfo]) -> SplitInfo:
     )
 
 
-def _whole_sessions(batches: Iterator[pa.RecordBatch]) -> Iterator[Sessions]:
+def _whole_sessions(
+    batches: Iterator[pa.RecordBatch], event_features: Sequence[EventFeature], store_times: bool
+) -> Iterator[Sessions]:
     """Whole sessions in pieces; an unfinished session waits for more events."""
     waiting: dict[str, np.ndarray] = {}
     for batch in batches:
@@ -107,10 +115,11 @@ def _whole_sessions(batches: Iterator[pa.RecordBatch]) -> Iterator[Sessions]:
         if not len(numbers):
             continue
         last_start = _tail_start(numbers)
-        yield from _piece({name: column[:last_start] for name, column in arriving.items()})
+        whole = {name: column[:last_start] for name, column in arriving.items()}
+        yield from _piece(whole, event_features, store_times)
         waiting = {name: column[last_start:] for name, column in arriving.items()}
     if waiting:
-        yield from _piece(waiting)
+        yield from _piece(waiting, event_features, store_times)
 
 
 def _tail_start(numbers: np.ndarray) -> int:
@@ -119,19 +128,25 @@ def _tail_start(numbers: np.ndarray) -> int:
     return int(changes[-1]) + 1 if len(changes) else 0
 
 
-def _piece(events: dict[str, np.ndarray]) -> Iterator[Sessions]:
+def _piece(
+    events: dict[str, np.ndarray], event_features: Sequence[EventFeature], store_times: bool
+) -> Iterator[Sessions]:
     numbers = events["number"]
     if not len(numbers):
         return
     starts = np.concatenate([[0], np.flatnonzero(numbers[1:] != numbers[:-1]) + 1])
     lengths = np.diff(np.append(starts, len(numbers)))
-    yield Sessions(
-        numbers[starts].astype(np.int64), lengths, events["item"].astype(np.int32), _whole_units(events.get("time"))
-    )
-
-
-def _whole_units(times: np.ndarray | None) -> np.ndarray | None:
-    return None if times is None else np.floor(times).astype(np.int64)
+    columns = {"items": events["item"].astype(np.int32)}
+    if store_times and "time" in events:
+        columns["times"] = np.floor(events["time"]).astype(np.int64)
+    for number, feature in enumerate(event_features):
+        if feature.kind == "time_gap":
+            columns[feature.name] = gap_buckets(feature, events["time"], lengths)
+        elif feature.kind == "float":
+            columns[feature.name] = scaled(feature, events[f"event_{number}"])
+        else:
+            columns[feature.name] = events[f"event_{number}"].astype(np.int32)
+    yield Sessions(numbers[starts].astype(np.int64), lengths, columns)
 
 
 def _shards(
@@ -157,16 +172,16 @@ def _shards(
 
 
 def _joined(pieces: list[Sessions]) -> Sessions:
-    times = None if pieces[0].times is None else np.concatenate([piece.times for piece in pieces])
     return Sessions(
         np.concatenate([piece.numbers for piece in pieces]),
         np.concatenate([piece.lengths for piece in pieces]),
-        np.concatenate([piece.items for piece in pieces]),
-        times,
+        {name: np.concatenate([piece.columns[name] for piece in pieces]) for name in pieces[0].columns},
     )
 
 
 def _blocks(sessions: Sessions, block_sessions: int) -> Iterator[Block]:
     for start in range(0, len(sessions), block_sessions):
         part = sessions.part(start, min(start + block_sessions, len(sessions)))
-        yield Block(part.items, part.lengths.astype(np.int32), part.numbers, part.times)
+        features = {name: column for name, column in part.columns.items() if name not in RESERVED_NAMES}
+        items, times = part.columns["items"], part.columns.get("times")
+        yield Block(items, part.lengths.astype(np.int32), part.numbers, times, features)

@@ -14,6 +14,7 @@ import contextlib
 import logging
 import pickle
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -202,7 +203,14 @@ class Checkpoints:
             tables.set_steps(_table_steps(commit))
         return commit["state"]
 
-    def load_smaller(self, step: int, engine: Engine, tables: TableGroup, kept_rows: dict[str, torch.Tensor]) -> None:
+    def load_smaller(
+        self,
+        step: int,
+        engine: Engine,
+        tables: TableGroup,
+        kept_rows: dict[str, torch.Tensor],
+        fresh: Collection[str] = (),
+    ) -> None:
         """Fill engine and tables from the checkpoint of a smaller model; rows that it did not have stay as they are.
 
         Every rank reads the rows that are its own now straight into the tables. The encoder's tensors are small: they
@@ -210,13 +218,17 @@ class Checkpoints:
 
         Args:
             kept_rows: by name of an encoder parameter that may have grown, where its saved rows lie now, int64.
+            fresh: encoder parameters that it did not have; they stay as they are.
 
         Raises:
             UserError: the checkpoint is damaged, or does not fit into the present model.
         """
         state, sizes = engine.state_dict(), self._saved_sizes(step)
         table_state = tables.state_dict()
+        begun = {name for name in state for parameter in fresh if _is_of(name, parameter)}
         for name, present in {**state, **table_state}.items():
+            if name in begun:
+                continue
             if len(sizes.get(name, ())) != present.dim() or any(
                 saved > now for saved, now in zip(sizes[name], present.shape, strict=True)
             ):
@@ -225,11 +237,12 @@ class Checkpoints:
                 )
         own_rows = {name: tensor.to_local() for name, tensor in table_state.items()}
         self._read(step, own_rows, RowsLoadPlanner(dict.fromkeys(own_rows, tables.own.start)))
-        loaded = {name: present.new_empty(sizes[name]) for name, present in state.items()}
+        loaded = {name: present.new_empty(sizes[name]) for name, present in state.items() if name not in begun}
         self._read(step, loaded)
+        loaded |= {name: state[name].clone() for name in begun}
         for parameter, places in kept_rows.items():
             for name, present in state.items():
-                if present.dim() and (name == f"encoder.{parameter}" or name.startswith(f"optimizer.{parameter}.")):
+                if present.dim() and _is_of(name, parameter):
                     # A copy: the engine may have given out its own tensors.
                     loaded[name] = present.clone().index_copy_(0, places.to(present.device), loaded[name])
         engine.load_state_dict(loaded)
@@ -251,6 +264,11 @@ class Checkpoints:
         with storage_errors(damaged):
             reader = CheckpointReader(url)
             dcp.load(tensors, storage_reader=reader, planner=planner, process_group=self.ranks.host)
+
+
+def _is_of(name: str, parameter: str) -> bool:
+    """Whether a tensor of an engine's state is that encoder parameter, or what the optimizer remembers of it."""
+    return name == f"encoder.{parameter}" or name.startswith(f"optimizer.{parameter}.")
 
 
 def weight_settings(config: Config) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from gru4recf_dist.data.storage_config import StorageConfig
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.section import Section
 
+Pooling = Literal["mean", "sum", "max"]
 # Fusions whose output matrices act on the RNNs' outputs themselves; the others have a dense layer in between.
 WITHOUT_DENSE = ("parallel", "shared_w", "interaction")
 # Fusions that sum the RNNs' outputs with learned weights.
@@ -49,10 +50,16 @@ class ModelConfig(Section):
     feature_groups: list[Annotated[list[str], Field(min_length=1)]] | None = Field(
         None, min_length=1, description="an RNN for each group of features, [[a, b], [c]]; null: one for all of them"
     )
+    event_features: list[str] | Literal["all"] = "all"
+    event_input: Literal["auto", "items", "features"] = Field(
+        "auto", description="RNN that event features go into; auto: the (first) one of the features, where there is one"
+    )
     embedding_size: PositiveInt = 64
     hidden_size: PositiveInt = 128
     num_layers: PositiveInt = 1
-    pooling: Literal["mean", "sum", "max"] = "mean"
+    feature_sizes: dict[str, PositiveInt] = Field({}, description="(event) feature -> its embedding size, if not that")
+    pooling: Pooling = "mean"
+    feature_pooling: dict[str, Pooling] = Field({}, description="token_seq feature -> its pooling, if another one")
     fusion_weights: list[float] | None = Field(
         None, description="initial weights of the item RNN's and each feature RNN's output; null: equal, of sum 1"
     )
@@ -63,7 +70,7 @@ class ModelConfig(Section):
     )
     output_bias: bool = Field(False, description="a learned number for each item is added to its scores")
     dropout: float = Field(0.3, ge=0.0, lt=1.0)
-    dropout_feature: float = Field(0.0, ge=0.0, lt=1.0, description="on the embedded features")
+    dropout_feature: float = Field(0.0, ge=0.0, lt=1.0, description="on the embedded features, of items and events")
     dropout_hidden: float = Field(0.0, ge=0.0, lt=1.0, description="on the RNN outputs, once they are put together")
     dropout_output: float = Field(0.0, ge=0.0, lt=1.0, description="on what is compared with the items")
     score: Literal["dot", "cosine"] = "dot"

@@ -21,7 +21,7 @@ from gru4recf_dist.model.features import FeatureSpec
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.planning import memory, popularity, speed, wire
 from gru4recf_dist.planning.workload import ItemFeature, Workload, expected_counts
-from gru4recf_dist.recommender import feature_specs
+from gru4recf_dist.recommender import event_specs, feature_specs
 from gru4recf_dist.table.negatives import read_popularity
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -93,21 +93,23 @@ def _workload(given: argparse.Namespace) -> Workload:
     names = [f"data={given.data or 'none'}", "run_dir=none"]
     config = configuration.load(given.config, [*names, *given.overrides, *overrides], training=False)
     if given.data is not None:
-        for flag in ("items", "feature", "zipf"):
+        for flag in ("items", "feature", "event_feature", "zipf"):
             if getattr(given, flag) is not None:
-                raise UserError(f"--{flag}: the data set decides it; leave out --data or this")
+                raise UserError(f"--{flag.replace('_', '-')}: the data set decides it; leave out --data or this")
         manifest = read_manifest(config.data)
         train = manifest.splits["train"]
         items, events = manifest.items, train.events / train.sessions
         features = tuple(
             ItemFeature(spec, manifest.feature(spec.name).longest) for spec in feature_specs(config.model, manifest)
         )
+        event_features = tuple(event_specs(config.model, manifest))
         popular = popularity.of_counts(read_popularity(config.data, manifest)[1:])
     elif given.items is None:
         raise UserError("one of --items and --data must be given")
     else:
         items, events = given.items, 8.0
         features = tuple(_feature(text, place) for place, text in enumerate(given.feature or []))
+        event_features = tuple(_event_feature(text, place) for place, text in enumerate(given.event_feature or []))
         popular = popularity.zipf(items, 1.0 if given.zipf is None else given.zipf)
     if config.batch_size // config.accumulation < given.gpus:
         raise UserError(
@@ -122,7 +124,7 @@ def _workload(given: argparse.Namespace) -> Workload:
         )
     if not features:
         config = config.model_copy(update={"model": config.model.model_copy(update={"fusion": "item_only"})})
-    return Workload(config, items, given.gpus, given.session_events or events, features, popular)
+    return Workload(config, items, given.gpus, given.session_events or events, features, popular, event_features)
 
 
 def _feature(text: str, place: int) -> ItemFeature:
@@ -133,6 +135,15 @@ def _feature(text: str, place: int) -> ItemFeature:
         raise UserError(f"--feature: '{text}' is none of token:SIZE, token_seq:SIZE:LONGEST, float, vector:SIZE")
     size, longest, *_ = [*(_count(number, "--feature") for number in numbers), 1, 1]
     return ItemFeature(FeatureSpec(f"feature-{place}", kind, size), longest)
+
+
+def _event_feature(text: str, place: int) -> FeatureSpec:
+    """`token:SIZE`, which time gaps are too, or `float`."""
+    kind, *numbers = text.split(":")
+    if {"token": 1, "float": 0}.get(kind) != len(numbers):
+        raise UserError(f"--event-feature: '{text}' is neither token:SIZE nor float")
+    size = _count(numbers[0], "--event-feature") if numbers else 1
+    return FeatureSpec(f"event-feature-{place}", kind, size, missing=kind == "float")
 
 
 # -- the text ---------------------------------------------------------------------------------------------------------
@@ -229,6 +240,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         action="append",
         help="of an item, without --data: token:SIZE, token_seq:SIZE:LONGEST, float, "
         "vector:SIZE; can be given several times",
+    )
+    parser.add_argument(
+        "--event-feature",
+        action="append",
+        help="of an event, without --data: token:SIZE (time gaps, too) or float; can be given several times",
     )
     add("--session-events", _number, None, "mean events of a session (default: the data set's, or 8)")
     add("--gpus", _count, 1, "ranks")

@@ -2,6 +2,8 @@
 
 IN holds a JSON object a line, `{"items": ["token", ...]}`, with any other keys; OUT gets, in the same order, the same
 keys with `items` replaced by the recommended tokens, best first, and `scores` beside them. Both may be fsspec URLs.
+Event features of the session's events, if the model takes any, are lists of the same length: `"events": {"NAME":
+[value, ...]}`, and `"times": [...]` for time gaps. What is not given counts as missing.
 """
 
 from __future__ import annotations
@@ -11,35 +13,22 @@ import contextlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from gru4recf_dist import trained_run
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.batches import pack_histories
-from gru4recf_dist.data.blocks import Block
-from gru4recf_dist.data.shard_format import PADDING_ID, Manifest, file_url
+from gru4recf_dist.data.shard_format import PADDING_ID
 from gru4recf_dist.errors import UserError, exits_cleanly
 from gru4recf_dist.evaluation.topk import top_k
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.parallel.ranks import Ranks
+from gru4recf_dist.recommend_input import Session, SessionReader, to_block
 from gru4recf_dist.recommender import Recommender
-
-
-@dataclass
-class _Counts:
-    """What the summary line reports."""
-
-    sessions: int = 0
-    unknown_tokens: int = 0
-    empty_sessions: int = 0
 
 
 @exits_cleanly
@@ -51,24 +40,25 @@ def main(argv: list[str] | None = None) -> None:
     config = trained_run.read_config(arguments.run, arguments.overrides)
     with process_ranks.running(config.device, config.timeout_seconds) as ranks:
         model, manifest = trained_run.load_model(config, ranks)
-        tokens = _read_tokens(config, manifest)
-        ids = {token: number for number, token in enumerate(tokens) if number != PADDING_ID}
-        counts = _Counts()
+        reader = SessionReader(config.data, manifest, model.event_features)
         with storage.open_read(arguments.input) as source, contextlib.ExitStack() as stack:
             target = stack.enter_context(storage.open_atomic(arguments.output)) if ranks.is_first else None
-            lines = _read_lines(source, arguments.input)
+            sessions = reader.read(source, arguments.input)
             # One batch a rank and round: the ranks encode different sessions and search for all of them together.
-            while chunk := list(itertools.islice(lines, config.evaluation.batch_sessions * ranks.world)):
-                histories = [_to_ids(line["items"], ids, counts) for line in chunk]
-                found, scores = _recommend(config, model, ranks, histories, arguments.k, arguments.exclude_seen)
+            while chunk := list(itertools.islice(sessions, config.evaluation.batch_sessions * ranks.world)):
+                found, scores = _recommend(config, model, ranks, reader, chunk, arguments.k, arguments.exclude_seen)
                 if target is not None:
-                    for line, items, values in zip(chunk, found.tolist(), scores.tolist(), strict=True):
-                        real = [(tokens[i], value) for i, value in zip(items, values, strict=True) if i != PADDING_ID]
+                    for session, items, values in zip(chunk, found.tolist(), scores.tolist(), strict=True):
+                        pairs = zip(items, values, strict=True)
+                        real = [(reader.tokens[item], value) for item, value in pairs if item != PADDING_ID]
+                        line = session.line
                         line.update(items=[token for token, _ in real], scores=[value for _, value in real])
                         target.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         if ranks.is_first:
+            counts = reader.counts
+            of_events = f"{counts.unknown_values} unknown values of events, " if model.event_features else ""
             print(
-                f"{counts.sessions} sessions, {counts.unknown_tokens} unknown tokens ignored, "
+                f"{counts.sessions} sessions, {counts.unknown_tokens} unknown tokens ignored, {of_events}"
                 f"{counts.empty_sessions} sessions without a known item (no recommendation): {arguments.output}",
                 file=sys.stderr,
             )
@@ -88,68 +78,35 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _read_tokens(config: Config, manifest: Manifest) -> list[str]:
-    """The raw token of each item id; entry 0, the padding, is empty."""
-    url = file_url(config.data, manifest.tokens)
-    # Copied to Arrow's own memory: its threads outlive the read a little, and one that lets go of a Python object while
-    # Python ends aborts the process.
-    content = pa.BufferOutputStream()
-    content.write(storage.read_bytes(url))
-    tokens = pq.read_table(pa.BufferReader(content.getvalue()), columns=["token"])["token"].to_pylist()
-    if len(tokens) != manifest.items:
-        raise UserError(f"{url}: holds {len(tokens)} tokens, the manifest says {manifest.items}")
-    return ["", *tokens]
-
-
-def _read_lines(source, url: str) -> Iterator[dict]:
-    for number, text in enumerate(source, start=1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{url}:{number}: not a JSON object ({error})") from error
-        if not isinstance(line, dict) or not isinstance(line.get("items"), list):
-            raise UserError(f"{url}:{number}: must be an object with a list called 'items'")
-        yield line
-
-
-def _to_ids(tokens: list, ids: dict[str, int], counts: _Counts) -> np.ndarray:
-    """Item ids of a session's known tokens; tokens may be given as numbers too."""
-    known = [ids[token] for token in map(str, tokens) if token in ids]
-    counts.sessions += 1
-    counts.unknown_tokens += len(tokens) - len(known)
-    counts.empty_sessions += not known
-    return np.array(known, np.int32)
-
-
 def _recommend(
-    config: Config, model: Recommender, ranks: Ranks, histories: list[np.ndarray], k: int, exclude_seen: bool
+    config: Config,
+    model: Recommender,
+    ranks: Ranks,
+    reader: SessionReader,
+    sessions: list[Session],
+    k: int,
+    exclude_seen: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best items of each history, int64 [n, k], and their scores [n, k]; padding for empty histories."""
-    # An empty history is encoded as one padding event and its result thrown away.
-    events = [history if len(history) else np.array([PADDING_ID], np.int32) for history in histories]
+    """The best items of each session, int64 [n, k], and their scores [n, k]; padding for empty ones."""
+    # An empty session is encoded as one padding event and its result thrown away.
+    events = [session if len(session.items) else reader.padding() for session in sessions]
     # Fixed batches, each encoded whole by one rank: scores are the same to the last digit for any number of ranks.
     size = config.evaluation.batch_sessions
     shares = [range(len(events))[rank * size : (rank + 1) * size] for rank in range(ranks.world)]
     mine = shares[ranks.rank]
-    own = [events[i] for i in mine] or [np.array([PADDING_ID], np.int32)]
-    block = Block(
-        items=np.concatenate(own),
-        lengths=np.array([len(history) for history in own], np.int32),
-        sessions=np.arange(len(own), dtype=np.int64),
-    )
-    batch = pack_histories(block, config.loader.max_length)
-    encoded = model.encode(batch.items, batch.batch_sizes)
+    own = [events[i] for i in mine] or [reader.padding()]
+    batch = pack_histories(to_block(own), config.loader.max_length, model.event_features)
+    encoded = model.encode(batch.items, batch.batch_sizes, batch.event_features)
     queries = encoded[batch.positions.to(ranks.device)][: len(mine)]
     queries = collectives.all_gather_rows(queries, [len(share) for share in shares], ranks.table)
     seen_query = seen_item = None
     if exclude_seen:
-        lengths = torch.tensor([len(history) for history in histories])
-        seen_query = torch.repeat_interleave(torch.arange(len(histories)), lengths).to(ranks.device)
-        seen_item = torch.from_numpy(np.concatenate(histories).astype(np.int64)).to(ranks.device)
+        lengths = torch.tensor([len(session.items) for session in sessions])
+        seen_query = torch.repeat_interleave(torch.arange(len(sessions)), lengths).to(ranks.device)
+        seen = np.concatenate([session.items for session in sessions])
+        seen_item = torch.from_numpy(seen.astype(np.int64)).to(ranks.device)
     found, scores = top_k(queries, k, model.candidates, config.evaluation.tile_rows, seen_query, seen_item)
-    empty = torch.tensor([not len(history) for history in histories], device=found.device)
+    empty = torch.tensor([not len(session.items) for session in sessions], device=found.device)
     return found.masked_fill(empty[:, None], PADDING_ID), scores
 
 

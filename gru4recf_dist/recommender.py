@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from gru4recf_dist.config import Config, ModelConfig
+from gru4recf_dist.data.event_columns import EventFeature
 from gru4recf_dist.data.shard_format import Manifest
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.model.encoder import SessionEncoder
 from gru4recf_dist.model.features import FeatureSpec
-from gru4recf_dist.model.subnets import BIAS_TABLE, ITEM_TABLE, has_item_subnet
+from gru4recf_dist.model.subnets import BIAS_TABLE, ITEM_TABLE, event_subnet, has_item_subnet
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.table.candidates import CandidatePart, Candidates
 from gru4recf_dist.table.feature_store import FeatureStore
@@ -29,11 +30,12 @@ def weight_dtype(precision: str) -> torch.dtype:
 
 
 def feature_specs(config: ModelConfig, manifest: Manifest) -> list[FeatureSpec]:
-    """The features that the encoder uses.
+    """The item features that the encoder uses.
 
     Raises:
         UserError: a named feature is not in the data set, or there is none where the fusion needs one.
     """
+    _check_named(config, manifest)
     if config.fusion == "item_only":
         return []
     if config.feature_groups is not None:
@@ -51,7 +53,64 @@ def feature_specs(config: ModelConfig, manifest: Manifest) -> list[FeatureSpec]:
     if not names:
         raise UserError(f"model.fusion: {config.fusion} needs item features and there are none (item_only needs none)")
     features = [manifest.feature(name) for name in names]
-    return [FeatureSpec(feature.name, feature.kind, feature.size) for feature in features]
+    return [
+        FeatureSpec(
+            feature.name,
+            feature.kind,
+            feature.size,
+            dim=_own_size(config, feature.name),
+            pooling=config.feature_pooling.get(feature.name),
+            missing=feature.missing,
+        )
+        for feature in features
+    ]
+
+
+def used_event_features(config: ModelConfig, manifest: Manifest) -> list[EventFeature]:
+    """The event features that the encoder uses.
+
+    Raises:
+        UserError: a named one is not in the data set, or they are to be an input of an RNN that there is not.
+    """
+    features = manifest.event_features
+    if config.event_features != "all":
+        features = [manifest.event_feature(name) for name in config.event_features]
+    if features and event_subnet(config) is None:
+        raise UserError(f"model.event_input: {config.event_input} have no RNN with model.fusion={config.fusion}")
+    return features
+
+
+def event_specs(config: ModelConfig, manifest: Manifest) -> list[FeatureSpec]:
+    """`used_event_features` as the encoder embeds them. At any later event a number may be missing."""
+    return [
+        FeatureSpec(
+            feature.name,
+            "float" if feature.kind == "float" else "token",
+            feature.size,
+            dim=_own_size(config, feature.name),
+            missing=feature.kind == "float",
+        )
+        for feature in used_event_features(config, manifest)
+    ]
+
+
+def _own_size(config: ModelConfig, name: str) -> int | None:
+    size = config.feature_sizes.get(name)
+    return None if size == config.embedding_size else size
+
+
+def _check_named(config: ModelConfig, manifest: Manifest) -> None:
+    """Whether `feature_sizes` and `feature_pooling` are about features that there are."""
+    sequences = [feature.name for feature in manifest.features if feature.kind == "token_seq"]
+    every = [feature.name for feature in (*manifest.features, *manifest.event_features)]
+    for key, names, known, what in (
+        ("feature_sizes", config.feature_sizes, every, "feature"),
+        ("feature_pooling", config.feature_pooling, sequences, "token_seq feature"),
+    ):
+        for name in names:
+            if name not in known:
+                shown = ", ".join(known) or "none"
+                raise UserError(f"model.{key}: the data set has no {what} '{name}' (it has: {shown})")
 
 
 @dataclass(frozen=True)
@@ -78,12 +137,14 @@ class Recommender:
 
     Attributes:
         candidates: what the encoder's queries are compared with: rows of some of the tables.
+        event_features: those that the encoder takes.
     """
 
     encoder: SessionEncoder
     tables: TableGroup
     candidates: Candidates
     features: FeatureStore
+    event_features: list[EventFeature] = field(default_factory=list)
 
     @property
     def table(self) -> ShardedItemTable:
@@ -134,10 +195,13 @@ class Recommender:
         return self.table.ranks.device
 
     @torch.no_grad()
-    def encode(self, items: torch.Tensor, batch_sizes: torch.Tensor) -> torch.Tensor:
+    def encode(
+        self, items: torch.Tensor, batch_sizes: torch.Tensor, events: dict[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Queries of packed events, float32 [T, D]. Every rank must call it the same number of times.
 
-        ``items`` and ``batch_sizes`` are on the CPU, where the routing is computed.
+        ``items``, ``batch_sizes`` and ``events``, the event features of `PackedBatch`, are on the CPU, where the
+        routing is computed.
 
         On the CPU it runs on one thread: how a matrix product is divided among threads shows in its last bits, and
         what is measured must not depend on the number of processors.
@@ -151,7 +215,8 @@ class Recommender:
             exchange = self.table.exchange(routing)
             rows = self._input_rows(exchange)
             places = routing.inverse[0].to(self.encoder_device)
-            return self.encoder(rows, self.features.lookup(exchange), places, batch_sizes).float()
+            events = {name: values.to(self.encoder_device) for name, values in (events or {}).items()}
+            return self.encoder(rows, self.features.lookup(exchange), places, batch_sizes, events).float()
         finally:
             torch.set_num_threads(threads)
             self.encoder.train(was_training)
@@ -169,7 +234,9 @@ def build(config: Config, manifest: Manifest, ranks: Ranks, training: bool = Tru
     specs = feature_specs(config.model, manifest)
     torch.manual_seed(config.seed)
     dtype = weight_dtype(config.precision)
-    encoder = SessionEncoder(config.model, specs, COMPUTE_DTYPES.get(config.precision))
+    encoder = SessionEncoder(
+        config.model, specs, COMPUTE_DTYPES.get(config.precision), event_specs(config.model, manifest)
+    )
     rows = manifest.items + 1
 
     def make_table(width: int, **settings) -> ShardedItemTable:
@@ -188,4 +255,5 @@ def build(config: Config, manifest: Manifest, ranks: Ranks, training: bool = Tru
         tables=TableGroup(tables),
         candidates=Candidates([CandidatePart(tables[part.table], part.score) for part in encoder.parts]),
         features=FeatureStore(config.data, manifest, [spec.name for spec in specs], ranks, tables[ITEM_TABLE].device),
+        event_features=used_event_features(config.model, manifest),
     )

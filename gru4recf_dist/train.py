@@ -96,7 +96,13 @@ def check(config: Config) -> str:
     if config.init_from is not None and newest is None:
         warm_start.find(config, manifest)
     features = [manifest.feature(spec.name) for spec in specs]
-    parts = [manifest.popularity, *(part for feature in features for part in (feature.values, feature.indptr) if part)]
+    of_events = recommender.used_event_features(config.model, manifest)
+    vocabularies = [feature.vocabulary for feature in of_events if feature.vocabulary is not None]
+    parts = [
+        manifest.popularity,
+        *vocabularies,
+        *(part for feature in features for part in (feature.values, feature.indptr) if part),
+    ]
     _check_presence(config.data, parts, "a part of the data set")
     for split, info in manifest.splits.items():
         _check_presence(config.data, [shard.url for shard in info.shards], f"the manifest lists this {split} shard")

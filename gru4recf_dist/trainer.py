@@ -363,6 +363,7 @@ class Trainer:
             "present_subnets": list(self._phase.present),
             # What a run that starts from this one on a grown data set has to know of the embedded vocabularies.
             "features": [vars(spec) for spec in recommender.feature_specs(self.config.model, self.manifest)],
+            "event_features": [vars(spec) for spec in recommender.event_specs(self.config.model, self.manifest)],
         }
         self.saver.save(self.progress.step, self.engine, self.model.tables, state, is_best)
         self._window.started += time.perf_counter() - started

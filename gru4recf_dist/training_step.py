@@ -77,8 +77,9 @@ class TrainingStep:
 
         It reads no row and no weight, so it may run while the update before is made: rows would be stale.
         """
-        loader = self.config.loader
-        return self.routed(pack_micro_batches(block, self.config.accumulation, loader.max_length, loader.context))
+        loader, parts = self.config.loader, self.config.accumulation
+        features = self.model.event_features
+        return self.routed(pack_micro_batches(block, parts, loader.max_length, loader.context, features))
 
     def routed(self, packed: list[PackedBatch]) -> list[MicroBatch]:
         """Packed batches with the places of their rows, ready for an update."""
@@ -147,7 +148,8 @@ class TrainingStep:
     def _loss(self, batch: MicroBatch, proposal: StepProposal | None) -> torch.Tensor:
         """Sum of this rank's losses over a micro-batch."""
         looked = self.model.lookup(batch.routing, batch.outputs)
-        queries = self.engine(looked.rows, looked.features, looked.places, batch.packed.batch_sizes)
+        events = {name: values.to(self.ranks.device) for name, values in batch.packed.event_features.items()}
+        queries = self.engine(looked.rows, looked.features, looked.places, batch.packed.batch_sizes, events)
         positives = self.model.candidates.join([rows[places] for rows, places in looked.targets])
         return self.objective(queries, positives, batch.packed, proposal)
 

@@ -18,7 +18,7 @@ from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.shard_format import Manifest
 from gru4recf_dist.errors import UserError
-from gru4recf_dist.model.features import FeatureSpec, encoder_order, kept_rows
+from gru4recf_dist.model.features import FeatureSpec, encoder_order, kept_rows, new_parameters
 from gru4recf_dist.model.subnets import grouped
 from gru4recf_dist.parallel.engines import Engine
 from gru4recf_dist.parallel.ranks import Ranks, from_first
@@ -31,11 +31,12 @@ class Origin:
 
     Attributes:
         step: of the earlier run.
-        specs: the features as that run embedded them.
+        specs, events: the item and event features as that run embedded them.
     """
 
     step: int
     specs: list[FeatureSpec]
+    events: list[FeatureSpec]
 
 
 def find(config: Config, manifest: Manifest, ranks: Ranks | None = None) -> Origin:
@@ -70,8 +71,10 @@ def _fitting(config: Config, manifest: Manifest, before: Config, step: int) -> O
             "the same ids would mean other items"
         )
     specs = [FeatureSpec(**spec) for spec in state["features"]]
-    _check_features(folder, specs, recommender.feature_specs(config.model, manifest))
-    return Origin(step, specs)
+    events = [FeatureSpec(**spec) for spec in state.get("event_features", [])]
+    _check_features("features", folder, specs, recommender.feature_specs(config.model, manifest))
+    _check_features("event_features", folder, events, recommender.event_specs(config.model, manifest))
+    return Origin(step, specs, events)
 
 
 def load(config: Config, manifest: Manifest, engine: Engine, tables: TableGroup, ranks: Ranks) -> None:
@@ -84,32 +87,36 @@ def load(config: Config, manifest: Manifest, engine: Engine, tables: TableGroup,
     old, new = (
         grouped(config.model, specs) for specs in (origin.specs, recommender.feature_specs(config.model, manifest))
     )
-    kept = {}
-    for number, (before, now) in enumerate(zip(old, new, strict=True)):
-        # Of several groups the modules are numbered.
-        prefix = "feature_embed_layer." if len(new) == 1 else f"feature_embed_layer.{number}."
-        kept |= {f"{prefix}{name}": places for name, places in kept_rows(before, now).items()}
-    Checkpoints(config.init_from, ranks).load_smaller(origin.step, engine, tables, kept)
+    # Of several groups the modules are numbered.
+    names = ["feature_embed_layer"] if len(new) == 1 else [f"feature_embed_layer.{n}" for n in range(len(new))]
+    parts = list(zip(names, old, new, strict=True))
+    parts.append(("event_inputs.embedding", origin.events, recommender.event_specs(config.model, manifest)))
+    kept, fresh = {}, set()
+    for module, before, now in parts:
+        kept |= {f"{module}.{name}": places for name, places in kept_rows(before, now).items()}
+        fresh |= {f"{module}.{name}" for name in new_parameters(before, now)}
+    Checkpoints(config.init_from, ranks).load_smaller(origin.step, engine, tables, kept, fresh)
 
 
 def _check_settings(before: Config, config: Config) -> None:
     now = weight_settings(config)
     for key, old in weight_settings(before).items():
         # `all` and the list of all are the same features: `_check_features` compares what was meant.
-        if key != "model.features" and old != now[key]:
+        if key not in ("model.features", "model.event_features") and old != now[key]:
             raise UserError(f"{key}: {now[key]!r}, but {config.init_from} (init_from) was trained with {old!r}")
 
 
-def _check_features(folder: str, old: list[FeatureSpec], new: list[FeatureSpec]) -> None:
+def _check_features(key: str, folder: str, old: list[FeatureSpec], new: list[FeatureSpec]) -> None:
     before, now = encoder_order(old), encoder_order(new)
     names = [[f"{spec.name} ({spec.kind})" for spec in specs] for specs in (before, now)]
     if names[0] != names[1]:
         given = ", ".join(names[1]) or "none"
-        raise UserError(f"model.features: {given}, but {folder} (init_from) was trained with {', '.join(names[0])}")
+        was_given = ", ".join(names[0]) or "none"
+        raise UserError(f"model.{key}: {given}, but {folder} (init_from) was trained with {was_given}")
     for was, now_is in zip(before, now, strict=True):
         grows = was.kind in ("token", "token_seq")
         if now_is.size < was.size or (not grows and now_is.size != was.size):
             raise UserError(
-                f"model.features: '{was.name}' has size {now_is.size}, but {folder} (init_from) was trained with "
+                f"model.{key}: '{was.name}' has size {now_is.size}, but {folder} (init_from) was trained with "
                 f"size {was.size}"
             )

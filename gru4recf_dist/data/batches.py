@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from gru4recf_dist.data.blocks import Block
 from gru4recf_dist.data.columns import ragged_arange, ragged_indices, slice_sessions
+from gru4recf_dist.data.event_columns import EventFeature
 from gru4recf_dist.data.shard_format import PADDING_ID
 
 
@@ -24,6 +26,7 @@ class PackedBatch:
         batch_sizes: int64 [L] on the CPU, sequences that reach each time step.
         sessions, events, targets_count: of the real sessions; 0 in a dummy batch.
         sessions_lost: sessions that a damaged shard should have held.
+        event_features: of the input events, by name: token and time_gap int64 [T], float float32 [T].
     """
 
     items: torch.Tensor
@@ -34,6 +37,7 @@ class PackedBatch:
     events: int
     targets_count: int
     sessions_lost: int = 0
+    event_features: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class QueryBatch:
         positions: int64 [Q], place in the packed layout of each query's last event.
         targets: int64 [Q].
         seen_query, seen_item: int64 [P], pairs (query, item of the session before the target), each pair once.
+        event_features: as in `PackedBatch`.
     """
 
     items: torch.Tensor
@@ -53,6 +58,7 @@ class QueryBatch:
     targets: torch.Tensor
     seen_query: torch.Tensor
     seen_item: torch.Tensor
+    event_features: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,17 +109,44 @@ def packed_positions(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return offsets[ragged_arange(lengths)] + np.repeat(rank, lengths), batch_sizes
 
 
-def pack_training(block: Block, max_length: int, context: int) -> PackedBatch:
+def _placed_features(
+    block: Block, features: Sequence[EventFeature], source: np.ndarray, position: np.ndarray
+) -> dict[str, torch.Tensor]:
+    """The given event features of the events ``source``, each at its ``position`` in the packed layout.
+
+    They are those of the input events: what is to be predicted of an event, it and its features, is not known.
+    """
+    placed = {}
+    for feature in features:
+        column = np.empty(len(source), np.float32 if feature.kind == "float" else np.int64)
+        column[position] = block.event_features[feature.name][source]
+        placed[feature.name] = torch.from_numpy(column)
+    return placed
+
+
+def _dummy_features(features: Sequence[EventFeature]) -> dict[str, torch.Tensor]:
+    """Of the one event of a batch that stands for none."""
+    of = {feature.name: torch.float32 if feature.kind == "float" else torch.int64 for feature in features}
+    return {name: torch.zeros(1, dtype=dtype) for name, dtype in of.items()}
+
+
+def pack_training(
+    block: Block, max_length: int, context: int, event_features: Sequence[EventFeature] = ()
+) -> PackedBatch:
     """Training sessions as a packed batch with a loss at every position.
 
     A block without any target becomes one dummy event of weight 0 on the padding row, so that a rank with nothing
     left still takes part in every collective and touches no item.
+
+    Args:
+        event_features: those to pack with the items; ``block`` has them where it has events.
     """
     windows = cut_windows(block.lengths, max_length, context)
     lost = int(np.count_nonzero(block.lengths == 0))
     if not len(windows.session):
         padding = torch.full((1,), PADDING_ID)
-        return PackedBatch(padding, padding, torch.zeros(1), torch.ones(1, dtype=torch.int64), 0, 0, 0, lost)
+        one, dummy = torch.ones(1, dtype=torch.int64), _dummy_features(event_features)
+        return PackedBatch(padding, padding, torch.zeros(1), one, 0, 0, 0, lost, dummy)
     first = np.cumsum(block.lengths, dtype=np.int64) - block.lengths
     source = ragged_indices(first[windows.session] + windows.start, windows.length)
     counted = ragged_arange(windows.length) >= np.repeat(windows.context, windows.length)
@@ -133,17 +166,22 @@ def pack_training(block: Block, max_length: int, context: int) -> PackedBatch:
         events=len(block.items),
         targets_count=int(counted.sum()),
         sessions_lost=lost,
+        event_features=_placed_features(block, event_features, source, position),
     )
 
 
-def pack_micro_batches(block: Block, count: int, max_length: int, context: int) -> list[PackedBatch]:
+def pack_micro_batches(
+    block: Block, count: int, max_length: int, context: int, event_features: Sequence[EventFeature] = ()
+) -> list[PackedBatch]:
     """A batch of training sessions as ``count`` packed ones of, but for one, equally many sessions."""
     bounds = np.arange(count + 1) * len(block.lengths) // count
     parts = (slice_sessions(block, start, stop) for start, stop in pairwise(bounds))
-    return [pack_training(part, max_length, context) for part in parts]
+    return [pack_training(part, max_length, context, event_features) for part in parts]
 
 
-def pack_queries(block: Block, max_length: int, context: int, every_position: bool) -> QueryBatch:
+def pack_queries(
+    block: Block, max_length: int, context: int, every_position: bool, event_features: Sequence[EventFeature] = ()
+) -> QueryBatch:
     """Evaluation sessions as packed histories with their targets.
 
     With ``every_position`` every event but a session's first is a target, over the same windows as in training;
@@ -160,7 +198,8 @@ def pack_queries(block: Block, max_length: int, context: int, every_position: bo
         windows = Windows(with_target, inputs - length, length, context=length - 1)
     if not len(windows.session):
         empty = torch.empty(0, dtype=torch.int64)
-        return QueryBatch(torch.full((1,), PADDING_ID), torch.ones(1, dtype=torch.int64), empty, empty, empty, empty)
+        padding, one = torch.full((1,), PADDING_ID), torch.ones(1, dtype=torch.int64)
+        return QueryBatch(padding, one, empty, empty, empty, empty, _dummy_features(event_features))
     first = np.cumsum(lengths) - lengths
     source = ragged_indices(first[windows.session] + windows.start, windows.length)
     asked = ragged_arange(windows.length) >= np.repeat(windows.context, windows.length)
@@ -177,10 +216,11 @@ def pack_queries(block: Block, max_length: int, context: int, every_position: bo
         targets=torch.from_numpy(block.items[last + 1].astype(np.int64)),
         seen_query=torch.from_numpy(seen_query),
         seen_item=torch.from_numpy(seen_item),
+        event_features=_placed_features(block, event_features, source, position),
     )
 
 
-def pack_histories(block: Block, max_length: int) -> QueryBatch:
+def pack_histories(block: Block, max_length: int, event_features: Sequence[EventFeature] = ()) -> QueryBatch:
     """Sessions whose next event is unknown: one query a session, at its last event; targets are padding.
 
     Every session must have at least one event.
@@ -200,6 +240,7 @@ def pack_histories(block: Block, max_length: int) -> QueryBatch:
         targets=torch.full((len(lengths),), PADDING_ID),
         seen_query=torch.from_numpy(seen_query),
         seen_item=torch.from_numpy(seen_item),
+        event_features=_placed_features(block, event_features, source, position),
     )
 
 

@@ -2,20 +2,22 @@
 
 A shard is a plain WebDataset tar. One sample is one *block* of up to `MAX_BLOCK_SESSIONS` sessions, stored as
 columns: `KEY.items.npy` (int32, all events of the block, flat), `KEY.lengths.npy` (int32, events of each session),
-`KEY.sessions.npy` (int64, number of each session within its split) and, if recorded, `KEY.times.npy` (int64, flat).
+`KEY.sessions.npy` (int64, number of each session within its split), if recorded `KEY.times.npy` (int64, flat), and
+`KEY.NAME.npy` for each event feature of the data set (`data.event_columns`).
 """
 
 from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.lib import format as npy_format
 
 from gru4recf_dist.data import storage
+from gru4recf_dist.data.event_columns import EventFeature
 from gru4recf_dist.data.ranges import DamagedFile
 
 MAX_BLOCK_SESSIONS = 1024
@@ -33,16 +35,18 @@ class Block:
         lengths: int32 [n], events of each session; they sum to E.
         sessions: int64 [n], each session's number within its split.
         times: int64 [E] or None, event times in the raw data's unit.
+        event_features: by name, int32 or float32 [E]. May be empty where there is no event.
     """
 
     items: np.ndarray
     lengths: np.ndarray
     sessions: np.ndarray
     times: np.ndarray | None = None
+    event_features: dict[str, np.ndarray] = field(default_factory=dict)
 
     def columns(self) -> dict[str, np.ndarray]:
         columns = {"items": self.items, "lengths": self.lengths, "sessions": self.sessions, "times": self.times}
-        return {name: column for name, column in columns.items() if column is not None}
+        return {**{name: column for name, column in columns.items() if column is not None}, **self.event_features}
 
 
 COLUMN_DTYPES = {"items": np.int32, "lengths": np.int32, "sessions": np.int64, "times": np.int64}
@@ -69,7 +73,7 @@ def encode_shard(blocks: Iterable[Block], prefix: str) -> bytes:
                 raise ValueError(f"a block holds at most {MAX_BLOCK_SESSIONS} sessions, not {len(block.lengths)}")
             for name, column in block.columns().items():
                 content = io.BytesIO()
-                column = np.ascontiguousarray(column, dtype=COLUMN_DTYPES[name])
+                column = np.ascontiguousarray(column, dtype=COLUMN_DTYPES.get(name))
                 npy_format.write_array(content, column, version=(1, 0), allow_pickle=False)
                 member = tarfile.TarInfo(f"{prefix}-{number:05d}.{name}.npy")
                 member.size = content.tell()
@@ -79,41 +83,51 @@ def encode_shard(blocks: Iterable[Block], prefix: str) -> bytes:
     return buffer.getvalue()
 
 
-def check_member(name: str, source: str) -> None:
+def check_member(name: str, source: str, event_features: Sequence[EventFeature] = ()) -> None:
     """Refuse a member of a shard's tar that is no column of a block.
+
+    Args:
+        event_features: of the data set.
 
     Raises:
         DamagedFile: it is not ``KEY.COLUMN.npy``.
     """
     key, _, member = name.partition(".")
-    if not key or "/" in key or not key.isprintable() or member not in _KNOWN_MEMBERS:
+    if not key or "/" in key or not key.isprintable() or not _is_known(member, event_features):
         raise DamagedFile(f"{source}: unknown member {name!r}")
 
 
-def decode_block(sample: dict, source: str, items: int) -> Block:
+def _is_known(member: str, event_features: Sequence[EventFeature]) -> bool:
+    return member in _KNOWN_MEMBERS or any(member == f"{feature.name}.npy" for feature in event_features)
+
+
+def decode_block(sample: dict, source: str, items: int, event_features: Sequence[EventFeature] = ()) -> Block:
     """Turn one WebDataset sample (member name -> bytes) into a block. Nothing in it is trusted.
 
     Args:
         sample: keys are `__key__`, `__url__` and the members, such as `items.npy`.
         source: named in errors.
         items: N, the largest id there may be.
+        event_features: of the data set; each must be there.
 
     Raises:
         DamagedFile: a member is unknown, a column is missing, pickled or damaged, or the columns do not agree.
     """
     where = f"{source}: block {sample.get('__key__')}"
-    unknown = [member for member in sample if not member.startswith("__") and member not in _KNOWN_MEMBERS]
+    members = [member for member in sample if not member.startswith("__")]
+    unknown = [member for member in members if not _is_known(member, event_features)]
     if unknown:
         raise DamagedFile(f"{where}: unknown member '{unknown[0]}'")
     columns = {
         name: _decode_column(sample[f"{name}.npy"], dtype, f"{where}: {name}.npy")
-        for name, dtype in COLUMN_DTYPES.items()
+        for name, dtype in (COLUMN_DTYPES | {feature.name: feature.dtype for feature in event_features}).items()
         if f"{name}.npy" in sample
     }
-    for name in ("items", "lengths", "sessions"):
+    for name in ("items", "lengths", "sessions", *(feature.name for feature in event_features)):
         if name not in columns:
             raise DamagedFile(f"{where}: {name}.npy is missing")
-    block = Block(**columns)
+    values = {feature.name: columns.pop(feature.name) for feature in event_features}
+    block = Block(**columns, event_features=values)
     events, sessions = len(block.items), len(block.lengths)
     if (
         sessions > MAX_BLOCK_SESSIONS
@@ -121,10 +135,15 @@ def decode_block(sample: dict, source: str, items: int) -> Block:
         or (block.lengths < 1).any()
         or int(block.lengths.sum(dtype=np.int64)) != events
         or (block.times is not None and len(block.times) != events)
+        or any(len(column) != events for column in block.event_features.values())
     ):
         raise DamagedFile(f"{where}: its columns do not agree")
     if events and not (int(block.items.min()) >= 1 and int(block.items.max()) <= items):
         raise DamagedFile(f"{where}: an item id is not within 1 to {items}")
+    for feature in event_features:
+        wrong = feature.why_wrong(block.event_features[feature.name])
+        if wrong is not None:
+            raise DamagedFile(f"{where}: {feature.name}.npy {wrong}")
     return block
 
 

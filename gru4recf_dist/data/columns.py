@@ -27,7 +27,18 @@ def concatenate(blocks: list[Block]) -> Block:
         items=np.concatenate([block.items for block in blocks]) if blocks else np.empty(0, np.int32),
         lengths=np.concatenate([block.lengths for block in blocks]) if blocks else np.empty(0, np.int32),
         sessions=np.concatenate([block.sessions for block in blocks]) if blocks else np.empty(0, np.int64),
+        event_features=_concatenated_features([block for block in blocks if len(block.items)]),
     )
+
+
+def _concatenated_features(blocks: list[Block]) -> dict[str, np.ndarray]:
+    """Of blocks with events: only these have all event features of the data set."""
+    names = blocks[0].event_features if blocks else ()
+    return {name: np.concatenate([block.event_features[name] for block in blocks]) for name in names}
+
+
+def _features_at(block: Block, events: np.ndarray | slice) -> dict[str, np.ndarray]:
+    return {name: column[events] for name, column in block.event_features.items()}
 
 
 def select(block: Block, order: np.ndarray) -> Block:
@@ -35,7 +46,12 @@ def select(block: Block, order: np.ndarray) -> Block:
     ends = np.cumsum(block.lengths, dtype=np.int64)
     lengths = block.lengths[order]
     events = ragged_indices((ends - block.lengths)[order], lengths)
-    return Block(items=block.items[events], lengths=lengths, sessions=block.sessions[order])
+    return Block(
+        items=block.items[events],
+        lengths=lengths,
+        sessions=block.sessions[order],
+        event_features=_features_at(block, events),
+    )
 
 
 def slice_sessions(block: Block, start: int, stop: int) -> Block:
@@ -46,6 +62,7 @@ def slice_sessions(block: Block, start: int, stop: int) -> Block:
         items=block.items[first:last],
         lengths=block.lengths[start:stop],
         sessions=block.sessions[start:stop],
+        event_features=_features_at(block, slice(first, last)),
     )
 
 
@@ -58,7 +75,12 @@ def interleave(blocks: list[Block], count: int, parts: int) -> list[Block]:
     bounds = np.cumsum(np.bincount(part, minlength=parts))
     ends = np.concatenate([[0], np.cumsum(joined.lengths, dtype=np.int64)])[np.concatenate([[0], bounds])]
     return [
-        Block(joined.items[events:next_events], joined.lengths[start:stop], joined.sessions[start:stop])
+        Block(
+            joined.items[events:next_events],
+            joined.lengths[start:stop],
+            joined.sessions[start:stop],
+            event_features=_features_at(joined, slice(events, next_events)),
+        )
         for start, stop, events, next_events in zip(
             [0, *bounds[:-1].tolist()], bounds.tolist(), ends[:-1].tolist(), ends[1:].tolist(), strict=True
         )

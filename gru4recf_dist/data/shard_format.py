@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from gru4recf_dist.data import filesystems, storage
 from gru4recf_dist.data.blocks import Block, encode_shard
+from gru4recf_dist.data.event_columns import EventFeature
 from gru4recf_dist.errors import UserError
 
 FORMAT_VERSION = 1
@@ -73,13 +74,14 @@ class Feature(_Strict):
     token       ``values``: int32 [N+1]                                           0 none, 1 unknown, 2.. vocabulary
     token_seq   ``indptr``: int64 [N+2]; ``values``: int32 [nnz], row i is        the same
                 values[indptr[i]:indptr[i+1]]
-    float       ``values``: float32 [N+1]                                         0 where missing
+    float       ``values``: float32 [N+1]                                         NaN where ``missing``, or 0
     vector      ``values``: float32 [N+1, size]                                   0 where missing
 
     ``size``: rows of the embedding table for tokens (padding and unknown included), 1 for float, the dimension of a
     vector. ``longest``: the most values that one item has (token_seq), else 1.
     ``vocabulary``: for tokens, a Parquet file with columns `id` (int32) and `token` (string).
     ``mean``, ``deviation``: what was subtracted from a standardized float, and what it was then divided by.
+    ``missing``: of a float: there are items without a value, which is NaN. Otherwise it is 0, as for padding always.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Feature(_Strict):
     vocabulary: str | None = None
     mean: float | None = None
     deviation: float | None = None
+    missing: bool = False
 
     @model_validator(mode="after")
     def _has_bounds(self) -> Feature:
@@ -125,6 +128,7 @@ class Manifest(_Strict):
     ``streams``: S, the number of canonical training streams, a power of two.
     ``ancestors``: the `training_digest` of every earlier state that this data set was appended to, oldest first. Item
     ids and feature values that they had mean the same here.
+    ``event_features``: columns of every block beside items (`EventFeature`).
     ``tokens``, ``popularity``: the files in `items`, relative to the manifest's folder.
     ``recipe``, ``report``: of the first preparation; ``appends``: of those that followed, oldest first. ``inputs``: the
     event files of all of them.
@@ -138,6 +142,7 @@ class Manifest(_Strict):
     protocol: Literal["leave_one_out", "every_position"]
     splits: dict[Literal["train", "valid", "test"], SplitInfo]
     features: list[Feature] = []
+    event_features: list[EventFeature] = []
     ancestors: list[str] = []
     tokens: str = TOKENS
     popularity: str = POPULARITY
@@ -153,12 +158,17 @@ class Manifest(_Strict):
                 raise ValueError(f"split '{name}' is missing (one may be empty)")
             split = self.splits[name]
             for shard in split.shards:
-                # A number and a length for each session, an id for each event: as many as the file has room for.
-                if 12 * shard.sessions + 4 * shard.events > shard.bytes or shard.targets > shard.events:
+                # A number and a length for each session, an id and 4 bytes a feature for each event: as many as the
+                # file has room for.
+                of_event = 4 + 4 * len(self.event_features)
+                if 12 * shard.sessions + of_event * shard.events > shard.bytes or shard.targets > shard.events:
                     raise ValueError(f"{shard.url!r}: {shard.bytes} bytes cannot hold what it should")
             for count in ("sessions", "events", "targets"):
                 if getattr(split, count) != sum(getattr(shard, count) for shard in split.shards):
                     raise ValueError(f"splits.{name}.{count} is not the sum over its shards")
+        names = [feature.name for feature in self.event_features]
+        if len(set(names)) < len(names):
+            raise ValueError("two event features have the same name")
         for shard in self.splits["train"].shards:
             if shard.stream >= self.streams:
                 raise ValueError(f"{shard.url!r}: stream {shard.stream} of {self.streams}")
@@ -169,6 +179,7 @@ class Manifest(_Strict):
         """Every file that the manifest names, as it names it."""
         shards = [shard.url for split in self.splits.values() for shard in split.shards]
         parts = [(feature.values, feature.indptr, feature.vocabulary) for feature in self.features]
+        parts += [(feature.vocabulary,) for feature in self.event_features]
         named = [name for names in parts for name in names if name is not None]
         return [*shards, self.tokens, self.popularity, *named]
 
@@ -185,6 +196,14 @@ class Manifest(_Strict):
                 return feature
         known = ", ".join(feature.name for feature in self.features) or "none"
         raise UserError(f"model.features: the data set has no feature '{name}' (it has: {known})")
+
+    def event_feature(self, name: str) -> EventFeature:
+        """The event feature called ``name``; UserError with the known names if there is none."""
+        for feature in self.event_features:
+            if feature.name == name:
+                return feature
+        known = ", ".join(feature.name for feature in self.event_features) or "none"
+        raise UserError(f"model.event_features: the data set has no event feature '{name}' (it has: {known})")
 
 
 def read_manifest(data: str, training_digest: str | None = None) -> Manifest:

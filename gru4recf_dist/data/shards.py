@@ -12,7 +12,7 @@ import hashlib
 import io
 import logging
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import IO
@@ -23,6 +23,7 @@ from webdataset.tariterators import group_by_keys
 from gru4recf_dist.data import filesystems, storage
 from gru4recf_dist.data.blocks import Block, check_member, decode_block, lost_sessions
 from gru4recf_dist.data.cache import GIB, FileCache
+from gru4recf_dist.data.event_columns import EventFeature
 from gru4recf_dist.data.ranges import DamagedFile, RangedReader, in_background
 from gru4recf_dist.data.shard_format import ShardInfo, file_url
 from gru4recf_dist.errors import UserError, redacted
@@ -38,9 +39,11 @@ class Shard:
     Args:
         data: the data set's folder or URL.
         items: N, the largest item id there may be.
+        event_features: of the data set.
     """
 
-    def __init__(self, data: str, info: ShardInfo, items: int) -> None:
+    def __init__(self, data: str, info: ShardInfo, items: int, event_features: Sequence[EventFeature] = ()) -> None:
+        self._event_features = event_features
         self.url, self.info, self._items = file_url(data, info.url), info, items
         self._reader: RangedReader | None = None
         self._cached: Future[Path | None] | None = None
@@ -85,7 +88,7 @@ class Shard:
             self._open,
             self._members,
             group_by_keys,
-            wds.map(lambda sample: decode_block(sample, self.url, self._items)),
+            wds.map(lambda sample: decode_block(sample, self.url, self._items, self._event_features)),
         )
         sessions = events = 0
         # One block behind: the last is handed over only when the whole shard has been read and verified.
@@ -133,7 +136,7 @@ class Shard:
                 member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
                 if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
                     raise DamagedFile(f"{self.url}: member {member.name!r} is not a plain file")
-                check_member(member.name, self.url)
+                check_member(member.name, self.url, self._event_features)
                 if not 0 <= member.size <= stream.left:
                     raise DamagedFile(f"{self.url}: member {member.name!r} is larger than the shard")
                 content = stream.read(member.size)
@@ -196,6 +199,8 @@ class _CheckedStream:
             raise DamagedFile(f"{self._url}: its sha256 is not the manifest's, the file is damaged")
 
 
-def read_blocks(data: str, info: ShardInfo, items: int, on_bad_shard: str = "fail") -> Iterator[Block]:
+def read_blocks(
+    data: str, info: ShardInfo, items: int, on_bad_shard: str = "fail", event_features: Sequence[EventFeature] = ()
+) -> Iterator[Block]:
     """The blocks of one shard, in order; arguments and errors as `Shard` and `Shard.blocks`."""
-    return Shard(data, info, items).blocks(on_bad_shard)
+    return Shard(data, info, items, event_features).blocks(on_bad_shard)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from gru4recf_dist.config import LoaderConfig
 from gru4recf_dist.data import assignment, columns, filesystems
 from gru4recf_dist.data.ahead import one_ahead
 from gru4recf_dist.data.blocks import Block
+from gru4recf_dist.data.event_columns import EventFeature
 from gru4recf_dist.data.shard_format import Manifest, ShardInfo
 from gru4recf_dist.data.shards import Shard
 from gru4recf_dist.data.worker_processes import in_workers
@@ -42,6 +43,7 @@ class Stream:
         window: sessions that are shuffled together.
         items: N, the largest item id there may be.
         on_bad_shard: ``fail`` or ``skip``, as in `Shard.blocks`.
+        event_features: of the data set.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class Stream:
         window: int,
         items: int,
         on_bad_shard: str = "fail",
+        event_features: Sequence[EventFeature] = (),
     ):
+        self._event_features = event_features
         self._data, self._items, self._on_bad_shard = data, items, on_bad_shard
         self._key = key
         self._window = window
@@ -73,7 +77,7 @@ class Stream:
 
     def _open_ahead(self, count: int) -> None:
         while len(self._opened) < count and (info := next(self._unopened, None)) is not None:
-            self._opened.append(Shard(self._data, info, self._items))
+            self._opened.append(Shard(self._data, info, self._items, self._event_features))
 
     def _read(self, skip: int) -> Iterator[Block]:
         """The blocks of the shards that are left, without the first ``skip`` sessions."""
@@ -146,7 +150,7 @@ class _StreamParts(IterableDataset):
         self.rank, self.world = loader.rank, loader.world
         self.per_stream = loader.batch_size // len(self.shards)
         self.steps = loader.steps_left
-        self.items = loader.items
+        self.items, self.event_features = loader.items, loader.event_features
         self.storage = filesystems.settings()
 
     def __iter__(self) -> Iterator[Block]:
@@ -173,6 +177,7 @@ class _StreamParts(IterableDataset):
                 self.config.shuffle_window,
                 self.items,
                 self.config.on_bad_shard,
+                self.event_features,
             )
             for stream in mine
         ]
@@ -199,6 +204,7 @@ class SessionLoader:
         assignment.check_sizes(manifest.streams, batch_size, world)
         self.data, self.config, self.batch_size, self.seed = data, config, batch_size, seed
         self.rank, self.world, self.items = rank, world, manifest.items
+        self.event_features = manifest.event_features
         self.shards: list[list[ShardInfo]] = [[] for _ in range(manifest.streams)]
         for shard in manifest.splits["train"].shards:
             self.shards[shard.stream].append(shard)

@@ -68,7 +68,7 @@ def _transitions(data: str, manifest: Manifest, base: int, on_bad_shard: str) ->
     merged, counts = np.empty(0, np.int64), np.empty(0, np.int64)
     for shard in manifest.splits["train"].shards:
         keys = [np.empty(0, np.int64)]
-        for block in read_blocks(data, shard, manifest.items, on_bad_shard):
+        for block in read_blocks(data, shard, manifest.items, on_bad_shard, manifest.event_features):
             first = columns.ragged_arange(block.lengths) == 0
             items = block.items.astype(np.int64)
             keys.append((items[:-1] * base + items[1:])[~first[1:]])

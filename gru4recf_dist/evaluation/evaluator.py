@@ -77,6 +77,7 @@ class Evaluator:
                 self.config.loader.max_length,
                 self.config.loader.context,
                 every_position=self.protocol == "every_position",
+                event_features=model.event_features,
             )
             queries = self._gather(model, batch)
             # The same scores on every rank, so all of them stop together.
@@ -113,7 +114,7 @@ class Evaluator:
     def _gather(self, model: Recommender, batch: QueryBatch) -> _Queries:
         """Encode this rank's batch and put the ranks' queries together (vectors on the device, integers on the CPU)."""
         device, host = self.ranks.device, self.ranks.host
-        encoded = model.encode(batch.items, batch.batch_sizes)
+        encoded = model.encode(batch.items, batch.batch_sizes, batch.event_features)
         vectors = encoded[batch.positions.to(device)]
         with torch.no_grad():
             routing = route(model.table.partition, batch.targets)

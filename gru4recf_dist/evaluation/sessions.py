@@ -37,7 +37,7 @@ def read_batches(
             continue
         if left <= 0:
             break
-        for block in read_blocks(data, shard, manifest.items, on_bad_shard):
+        for block in read_blocks(data, shard, manifest.items, on_bad_shard, manifest.event_features):
             if skip:
                 passed = min(skip, len(block.lengths))
                 skip -= passed

@@ -11,13 +11,14 @@ size of a query.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from gru4recf_dist.config import ModelConfig
+from gru4recf_dist.model.event_features import EventInputs
 from gru4recf_dist.model.features import FeatureEmbedding, FeatureSpec
 from gru4recf_dist.model.fusions import dense_inputs, initial_weights, put_together
 from gru4recf_dist.model.packed_gru import PackedGRU
@@ -32,12 +33,19 @@ class SessionEncoder(nn.Module):
         config: the model section of the configuration.
         specs: features to use; empty with ``fusion: item_only``.
         compute_dtype: what autocast computes in, while training; None: in the parameters' type, as always otherwise.
+        events: event features to use.
 
     Attributes:
         present: names of the subnets that take part; all, unless training brings them in one after the other.
     """
 
-    def __init__(self, config: ModelConfig, specs: list[FeatureSpec], compute_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        specs: list[FeatureSpec],
+        compute_dtype: torch.dtype | None = None,
+        events: Sequence[FeatureSpec] = (),
+    ) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
         self.parts = output_parts(config)
@@ -45,17 +53,21 @@ class SessionEncoder(nn.Module):
         hidden, layers = config.hidden_size, config.num_layers
         groups = grouped(config, specs)
         concatenates_input = config.fusion == "concat_input"
+        self.event_inputs = EventInputs(config, list(events))
+        item_width = config.embedding_size + self.event_inputs.width(ITEM)
         # In this order: the initial values depend on it.
         if has_item_subnet(config) and not concatenates_input:
-            self.item_gru_layers = PackedGRU(config.embedding_size, hidden, layers)
+            self.item_gru_layers = PackedGRU(item_width, hidden, layers)
         self.feature_embed_layer: nn.Module | None = None
         if groups:
             embeds = [FeatureEmbedding(specs, config.embedding_size, config.pooling) for specs in groups]
             self.feature_embed_layer = _one_or_list(embeds)
             widths = [embed.width for embed in embeds]
             if concatenates_input:
-                self.item_gru_layers = PackedGRU(config.embedding_size + widths[0], hidden, layers)
+                self.item_gru_layers = PackedGRU(item_width + widths[0], hidden, layers)
             else:
+                names = feature_subnets(config)
+                widths = [width + self.event_inputs.width(name) for name, width in zip(names, widths, strict=True)]
                 self.feature_gru_layers = _one_or_list([PackedGRU(width, hidden, layers) for width in widths])
         inputs = dense_inputs(config)
         self.dense_layer = nn.Linear(inputs, config.embedding_size) if inputs is not None else None
@@ -79,6 +91,7 @@ class SessionEncoder(nn.Module):
         features: dict[str, torch.Tensor],
         places: torch.Tensor,
         batch_sizes: torch.Tensor,
+        events: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Encode packed sessions.
 
@@ -87,6 +100,7 @@ class SessionEncoder(nn.Module):
             features: of the same items, as `FeatureEmbedding.forward` takes them.
             places: int64 [T], the distinct item of each packed event.
             batch_sizes: int64 [L], on the CPU.
+            events: event features of the packed events, [T] each.
 
         Returns:
             queries [T, Q], the columns of `parts` side by side: their dot products with the candidates' rows,
@@ -96,7 +110,7 @@ class SessionEncoder(nn.Module):
         # In here and not around the engine: DeepSpeed switches off an autocast that it was not told of.
         half = self.training and self.compute_dtype is not None
         with torch.autocast(weight.device.type, self.compute_dtype or torch.bfloat16, enabled=half):
-            hidden = self._hidden(rows, features, places, batch_sizes)
+            hidden = self._hidden(rows, features, places, batch_sizes, events)
             outputs = put_together(self.config.fusion, hidden, self.fusion_weights)
             outputs = [self.dropout_hidden(output) for output in outputs]
             if self.dense_layer is not None:
@@ -107,23 +121,24 @@ class SessionEncoder(nn.Module):
             queries.append(torch.ones_like(queries[0][:, :1]))
         return queries[0] if len(queries) == 1 else torch.cat(queries, dim=1)
 
-    def _hidden(self, rows, features, places, batch_sizes) -> list[torch.Tensor | None]:
+    def _hidden(self, rows, features, places, batch_sizes, events) -> list[torch.Tensor | None]:
         """Outputs [T, H] of each subnet's RNN; None for those that take no part."""
         hidden: list[torch.Tensor | None] = []
         embeds = _as_list(self.feature_embed_layer)
         if has_item_subnet(self.config):
             output = None
             if ITEM in self.present:
-                events = self.dropout(rows[places])
+                inputs = self.dropout(rows[places])
                 if self.config.fusion == "concat_input":
-                    events = torch.cat([events, self._described(embeds[0], features, places)], dim=-1)
-                output = _run(self.item_gru_layers, events, batch_sizes)
+                    inputs = torch.cat([inputs, self._described(embeds[0], features, places)], dim=-1)
+                output = _run(self.item_gru_layers, self.event_inputs.beside(ITEM, inputs, events), batch_sizes)
             hidden.append(output)
         for number, name in enumerate(feature_subnets(self.config)):
             output = None
             if name in self.present:
                 gru = _as_list(self.feature_gru_layers)[number]
-                output = _run(gru, self._described(embeds[number], features, places), batch_sizes)
+                inputs = self._described(embeds[number], features, places)
+                output = _run(gru, self.event_inputs.beside(name, inputs, events), batch_sizes)
             hidden.append(output)
         return hidden
 

@@ -51,6 +51,14 @@ def subnets(config: ModelConfig) -> list[str]:
     return [ITEM] * has_item_subnet(config) + feature_subnets(config)
 
 
+def event_subnet(config: ModelConfig) -> str | None:
+    """The subnet whose RNN sees event features; None if `event_input` names one that the fusion has not."""
+    of_items = [ITEM] if has_item_subnet(config) else []
+    of_features = feature_subnets(config)
+    wanted = {"auto": of_features + of_items, "items": of_items, "features": of_features}[config.event_input]
+    return wanted[0] if wanted else None
+
+
 def grouped(config: ModelConfig, specs: list[FeatureSpec]) -> list[list[FeatureSpec]]:
     """``specs`` by the RNN that sees them; without `feature_groups` all are one group.
 
@@ -104,6 +112,8 @@ def subnet_of_parameter(config: ModelConfig, name: str) -> str | None:
     module, *rest = name.split(".")
     if module == "item_gru_layers" or (module == "feature_embed_layer" and config.fusion == "concat_input"):
         return ITEM
+    if module == "event_inputs":
+        return event_subnet(config)
     if module in ("feature_gru_layers", "feature_embed_layer"):
         names = feature_subnets(config)
         # Of several groups the modules are numbered.

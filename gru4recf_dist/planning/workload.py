@@ -43,6 +43,7 @@ class Workload:
         items: N.
         world: ranks, one a GPU.
         session_events: mean events of a training session.
+        event_features: as the encoder embeds them; they lie in the shards and travel nowhere.
     """
 
     config: Config
@@ -51,6 +52,7 @@ class Workload:
     session_events: float
     features: tuple[ItemFeature, ...]
     popularity: Popularity
+    event_features: tuple[FeatureSpec, ...] = ()
 
     @property
     def host_table(self) -> bool:
@@ -112,7 +114,8 @@ class Workload:
     def encoder(self) -> SessionEncoder:
         # Without memory: the vocabularies of features can be large.
         with torch.device("meta"):
-            return SessionEncoder(self.config.model, [feature.spec for feature in self.features])
+            specs = [feature.spec for feature in self.features]
+            return SessionEncoder(self.config.model, specs, events=self.event_features)
 
     @property
     def encoder_parameters(self) -> int:

@@ -99,6 +99,8 @@ def _read_column(data: str, feature: Feature, items: int, rows: range, device: t
         values = storage.read_npy_rows(url, rows.start, rows.stop)
         if feature.kind == "token":
             _check_tokens(url, values, feature)
+        else:
+            _check_numbers(url, values, feature)
         return _Column(feature, torch.from_numpy(values).to(device))
     indptr_url = file_url(data, feature.indptr)
     _check_header(indptr_url, np.int64, (items + 2,))
@@ -133,6 +135,14 @@ def _check_header(url: str, dtype: type, shape: tuple[int, ...]) -> None:
 def _check_tokens(url: str, values: np.ndarray, feature: Feature) -> None:
     if len(values) and not 0 <= int(values.min()) <= int(values.max()) < feature.size:
         raise UserError(f"{url}: holds values outside 0..{feature.size - 1}, the manifest's vocabulary")
+
+
+def _check_numbers(url: str, values: np.ndarray, feature: Feature) -> None:
+    # Block by block: what is made of the column would take as much memory as itself.
+    for start in range(0, len(values), _LOOK_ROWS):
+        part = values[start : start + _LOOK_ROWS]
+        if np.isinf(part).any() or (np.isnan(part).any() and not feature.missing):
+            raise UserError(f"{url}: holds values that are not finite")
 
 
 def _check(url: str, array: np.ndarray, dtype: type, rows: int) -> None:

@@ -155,6 +155,9 @@ DAMAGES = {
     "bounds too far apart": _change("tags.indptr", lambda a: _with(a, -2, a[-2] - 4)),
     "bounds beyond the values": _change("tags.indptr", lambda a: _with(a, slice(-2, None), a[-1] + 3)),
     "bounds that start below zero": _change("tags.indptr", lambda a: a - 2),
+    "infinite number": _change("price", lambda a: _with(a, -1, np.inf)),
+    "missing number where none is missing": _change("price", lambda a: _with(a, -1, np.nan)),
+    "vector with a missing number": _change("image", lambda a: _with(a, -1, np.nan)),
     "too few bounds": _change("tags.indptr", lambda a: a[:-1]),
     "too few values": _change("tags", lambda a: a[:-1]),
 }

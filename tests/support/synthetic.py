@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,6 +11,7 @@ import pyarrow.parquet as pq
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.blocks import Block
 from gru4recf_dist.data.columns import slice_sessions
+from gru4recf_dist.data.event_columns import EventFeature
 from gru4recf_dist.data.shard_format import (
     POPULARITY,
     TOKENS,
@@ -19,6 +22,12 @@ from gru4recf_dist.data.shard_format import (
     write_manifest,
     write_shard,
 )
+
+EVENT_FEATURES = [
+    EventFeature(name="type", kind="token", size=5, vocabulary="items/features/type.vocabulary.parquet"),
+    EventFeature(name="price", kind="float", size=1, mean=3.0, deviation=2.0),
+    EventFeature(name="gap", kind="time_gap", size=5, edges=[1.0, 10.0]),
+]
 
 
 def random_sessions(seed: int, count: int, items: int, shortest: int = 2, longest: int = 12) -> list[np.ndarray]:
@@ -50,10 +59,12 @@ def write_dataset(
     protocol: str = "every_position",
     features: bool = True,
     seed: int = 0,
+    event_features: bool = False,
 ) -> Manifest:
     """Write a data set to ``data`` (path or URL): sessions dealt to streams by number, several shards a stream.
 
     With ``features``: `category` (token), `tags` (token_seq, some empty), `price` (float) and `image` (vector of 3).
+    With ``event_features``: those of `EVENT_FEATURES`, of the events `event_values`.
     """
     valid, test = valid or [], test or []
     items = items or max(int(session.max()) for session in [*train, *valid, *test])
@@ -65,6 +76,7 @@ def write_dataset(
             chosen = numbers[start : start + shard_sessions]
             block = to_block([train[i] for i in chosen])
             block = Block(block.items, block.lengths, np.array(chosen, np.int64))
+            block = _described(block) if event_features else block
             targets = int((block.lengths - 1).sum())
             shards.append(_write(data, f"train/s{stream:04d}-{part:06d}.tar", stream, block, block_sessions, targets))
     splits["train"] = _split(shards)
@@ -72,6 +84,7 @@ def write_dataset(
         shards = []
         for part, start in enumerate(range(0, len(sessions), shard_sessions)):
             block = to_block(sessions[start : start + shard_sessions], start)
+            block = _described(block) if event_features else block
             targets = len(block.lengths) if protocol == "leave_one_out" else int((block.lengths - 1).sum())
             shards.append(_write(data, f"{name}/{part:06d}.tar", part, block, block_sessions, targets))
         splits[name] = _split(shards)
@@ -88,9 +101,35 @@ def write_dataset(
         protocol=protocol,
         splits=splits,
         features=_write_features(data, items, seed) if features else [],
+        event_features=EVENT_FEATURES if event_features else [],
     )
+    for feature in manifest.event_features:
+        if feature.vocabulary is not None:
+            with storage.open_atomic(storage.join(data, feature.vocabulary)) as stream:
+                values = [f"{feature.name}-{number}" for number in range(2, feature.size)]
+                ids = pa.array(range(2, feature.size), pa.int32())
+                pq.write_table(pa.table({"id": ids, "token": pa.array(values, pa.string())}), stream)
     write_manifest(data, manifest)
     return manifest
+
+
+def event_values(session: int, items: np.ndarray) -> dict[str, np.ndarray]:
+    """Event features of a session that has this number and these items: they tell the two apart."""
+    generator = np.random.default_rng((session, *items.tolist()))
+    price = generator.standard_normal(len(items)).astype(np.float32)
+    price[generator.random(len(items)) < 0.3] = np.nan
+    return {
+        "type": generator.integers(0, 5, len(items)).astype(np.int32),
+        "price": price,
+        "gap": np.append(1, generator.integers(2, 5, len(items) - 1)).astype(np.int32),
+    }
+
+
+def _described(block: Block) -> Block:
+    sessions = np.split(block.items, np.cumsum(block.lengths)[:-1])
+    values = [event_values(int(number), items) for number, items in zip(block.sessions, sessions, strict=True)]
+    columns = {name: np.concatenate([each[name] for each in values]) for name in ("type", "price", "gap")}
+    return replace(block, event_features=columns)
 
 
 def _write(data: str, url: str, stream: int, block: Block, block_sessions: int, targets: int) -> ShardInfo:

@@ -80,9 +80,9 @@ def test_rank_opens_only_the_shards_of_its_share(dataset, monkeypatch):
     opened: list[str] = []
     read_blocks = evaluation_sessions.read_blocks
 
-    def recording(data, info, items, on_bad_shard):
+    def recording(data, info, items, on_bad_shard, event_features):
         opened.append(info.url)
-        return read_blocks(data, info, items, on_bad_shard)
+        return read_blocks(data, info, items, on_bad_shard, event_features)
 
     monkeypatch.setattr(evaluation_sessions, "read_blocks", recording)
     # Batches of 4 over 4 ranks: 14 batches, shares of 3, 4, 3, 4: sessions 0-11, 12-27, 28-39, 40-52.

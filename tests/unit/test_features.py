@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from gru4recf_dist.model.features import FeatureEmbedding, FeatureSpec
+from gru4recf_dist.model.features import FeatureEmbedding, FeatureSpec, kept_rows, new_parameters
 
 D = 3
 COLOUR = FeatureSpec("colour", "token", 4)
@@ -119,3 +121,87 @@ def test_a_feature_may_be_called_like_an_attribute_of_a_module(kind, name):
     values = {"token": [0, 1], "token_seq": [[0, 0], [1, 1]], "float": [0.0, 1.0], "vector": [[0.0, 0.0], [1.0, 1.0]]}
     embedding = FeatureEmbedding([FeatureSpec(name, kind, {"float": 1}.get(kind, 2))], D, "mean")
     assert embedding({name: torch.tensor(values[kind])}).shape == (2, D)
+
+
+# -- what RecBole does not have ---------------------------------------------------------------------------------------
+
+
+def test_every_feature_may_have_a_size_and_a_pooling_of_its_own():
+    specs = [
+        COLOUR,
+        replace(BRAND, dim=5),
+        FeatureSpec("shade", "token", 4),
+        replace(TAGS, dim=2, pooling="max"),
+        WORDS,
+        replace(PRICE, dim=4),
+        AGE,
+        replace(IMAGE, dim=1),
+    ]
+    values = {**VALUES, "shade": VALUES["colour"]}
+    embedding = _embedding(specs)
+    # One random value each: what stands where is told by looking it up in the parameters of that width.
+    sizes = [D, 5, D, 2, D, 4, D, 1]
+    assert embedding.width == sum(sizes)
+    parts = dict(zip((spec.name for spec in specs), embedding(values).split(sizes, dim=1), strict=True))
+    state = embedding.state_dict()
+    shared = state["token_embedding_table.item.embedding.weight"]
+    assert shared.shape == (4 + 4, D)
+    tags, words = (state[f"token_seq_embedding_table.item.{n}.weight"] for n in (0, 1))
+    for item in range(4):
+        expected = {
+            "colour": shared[values["colour"][item]],
+            "brand": state["sized_token_tables.0.weight"][values["brand"][item]],
+            "shade": shared[4 + values["shade"][item]],
+            "words": words[values["words"][item, 0]] * (values["words"][item, 0] != 0),
+            "price": values["price"][item].double() * state["sized_float_tables.0.embedding.weight"][0],
+            "age": values["age"][item].double() * state["float_embedding_table.item.embedding.weight"][0],
+            "image": state["vector_projection.0.weight"] @ values["image"][item].double(),
+        }
+        real = values["tags"][item][values["tags"][item] != 0]
+        if len(real):
+            expected["tags"] = tags[real].amax(dim=0)
+        for name, value in expected.items():
+            torch.testing.assert_close(parts[name][item], value, rtol=1e-7, atol=1e-12)
+
+
+def test_a_missing_number_has_a_vector_of_its_own_and_breaks_no_gradient():
+    specs = [replace(PRICE, missing=True), AGE, replace(FeatureSpec("cost", "float", 1), missing=True, dim=2)]
+    embedding = _embedding(specs)
+    price = torch.tensor([0.0, torch.nan, 2.0, torch.nan])
+    values = {"price": price, "age": VALUES["age"], "cost": torch.tensor([torch.nan, 1.0, 1.0, 1.0])}
+    output = embedding(values)
+    floats = embedding.float_embedding_table["item"].embedding.weight
+    cost = embedding.sized_float_tables[0].embedding.weight
+    vectors = dict(embedding.missing_vectors.items())
+    assert {name: tuple(vector.shape) for name, vector in vectors.items()} == {"0": (D,), "2": (2,)}
+    for item, number in enumerate(price.tolist()):
+        expected = vectors["0"] if np.isnan(number) else number * floats[0]
+        torch.testing.assert_close(output[item, :D], expected)
+        torch.testing.assert_close(output[item, D : 2 * D], VALUES["age"][item].double() * floats[1])
+        torch.testing.assert_close(output[item, 2 * D :], vectors["2"] if item == 0 else cost[0])
+    output.sum().backward()
+    torch.testing.assert_close(vectors["0"].grad, torch.full((D,), 2.0).double())
+    torch.testing.assert_close(vectors["2"].grad, torch.ones(2).double())
+    torch.testing.assert_close(floats.grad[0], torch.full((D,), 2.0).double())
+    torch.testing.assert_close(cost.grad[0], torch.full((2,), 3.0).double())
+
+
+def test_without_a_missing_number_nothing_differs_from_a_float_that_knows_none():
+    torch.manual_seed(0)
+    plain = FeatureEmbedding([PRICE, AGE, COLOUR], D, "mean")
+    torch.manual_seed(0)
+    flagged = FeatureEmbedding([replace(PRICE, missing=True), AGE, COLOUR], D, "mean")
+    assert torch.equal(plain(VALUES), flagged(VALUES))
+    assert set(flagged.state_dict()) - set(plain.state_dict()) == {"missing_vectors.1"}
+
+
+def test_where_the_rows_of_grown_vocabularies_lie_with_sizes_of_their_own():
+    old = [FeatureSpec("a", "token", 3), FeatureSpec("b", "token", 4, dim=2), FeatureSpec("c", "token", 5), PRICE]
+    new = [replace(spec, size=spec.size + 2) for spec in old[:3]] + [replace(PRICE, missing=True)]
+    places = {name: rows.tolist() for name, rows in kept_rows(old, new).items()}
+    assert places == {
+        "token_embedding_table.item.embedding.weight": [0, 1, 2, 5, 6, 7, 8, 9],
+        "sized_token_tables.0.weight": [0, 1, 2, 3],
+    }
+    assert new_parameters(old, new) == {"missing_vectors.3"} and new_parameters(old, old) == set()
+    assert set(FeatureEmbedding(new, D, "mean").state_dict()) >= {*places, "missing_vectors.3"}

@@ -315,7 +315,8 @@ def test_npy_member(member, column):
 @pytest.fixture(scope="module")
 def manifest() -> dict:
     place = f"memory://{uuid.uuid4().hex}"
-    written = write_dataset(place, SESSIONS, random_sessions(1, 4, 20), random_sessions(2, 4, 20), streams=2)
+    held_out = random_sessions(1, 4, 20), random_sessions(2, 4, 20)
+    written = write_dataset(place, SESSIONS, *held_out, streams=2, event_features=True)
     return json.loads(storage.read_bytes(storage.join(place, MANIFEST))) | {"report": written.report}
 
 

@@ -66,6 +66,7 @@ MAY_IMPORT = {
     "data_prep": (
         "gru4recf_dist.data.filesystems",
         "gru4recf_dist.data.blocks",
+        "gru4recf_dist.data.event_columns",
         "gru4recf_dist.data.shard_format",
         "gru4recf_dist.data.storage",
         "gru4recf_dist.data.storage_config",

@@ -398,7 +398,7 @@ def test_resume_opens_no_shard_that_lies_wholly_before_its_window(small, monkeyp
     opened: list[str] = []
     shard_class = streams.Shard
 
-    def recording(data, info, items):
+    def recording(data, info, items, event_features):
         opened.append(info.url)
         return shard_class(data, info, items)
 

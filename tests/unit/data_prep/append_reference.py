@@ -106,8 +106,8 @@ class Reference:
             ordered = [prices[t] for t in sorted(trained, key=self.ids.__getitem__) if t in prices]
             self.scale = float(np.mean(ordered)), float(np.std(ordered))
         for token, row in described.items():
-            price = (prices[token] - self.scale[0]) / self.scale[1] if token in prices else 0.0
-            self.values["price"][token] = float(np.float32(price))
+            if token in prices:
+                self.values["price"][token] = float(np.float32((prices[token] - self.scale[0]) / self.scale[1]))
             self.values["image"][token] = [float(number) for number in row[3].split("|")]
 
     def check(self, data: Prepared) -> None:
@@ -139,7 +139,7 @@ class Reference:
         for token, number in self.ids.items():
             assert brands[token] == next(iter(self.values["brand"].get(token, [])), None)
             assert tags[token] == self.values["tags"].get(token, [])
-            assert prices[token] == self.values["price"].get(token, 0.0)
+            assert prices[token] == self.values["price"].get(token)
             assert image[number].tolist() == self.values["image"].get(token, [0.0, 0.0])
         sizes = {feature["name"]: feature["size"] for feature in data.manifest["features"]}
         assert {name: sizes[name] - 2 for name in self.vocabularies} == {

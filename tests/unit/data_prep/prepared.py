@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tarfile
 from pathlib import Path
 
@@ -94,11 +95,12 @@ def by_session(rows: list[tuple]) -> dict[str, list[tuple]]:
 
 
 def feature_values(data: Prepared, name: str) -> dict[str, object]:
-    """Item token -> its value: text, list of texts, or number (0 where it has none)."""
+    """Item token -> its value: text, list of texts, or number; None where it has none."""
     (feature,) = [entry for entry in data.manifest["features"] if entry["name"] == name]
     values = data.npy(feature["values"])
     if feature["kind"] == "float":
-        return {token: float(values[number]) for token, number in data.ids.items()}
+        numbers = {token: float(values[number]) for token, number in data.ids.items()}
+        return {token: None if math.isnan(number) else number for token, number in numbers.items()}
     vocabulary = pq.read_table(io.BytesIO(data.bytes(feature["vocabulary"])))
     texts = {
         0: None,

@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 
 from data_prep import output, writer
@@ -189,6 +190,25 @@ def test_given_files_may_be_appended_to_train_alone(tmp_path, days):
     after = Prepared(tmp_path / "out")
     assert after.sessions("test") == before.sessions("test")
     assert all(len(after.sessions(split)) > len(before.sessions(split)) for split in ("train", "valid"))
+
+
+def test_a_data_set_whose_missing_numbers_are_zeros_is_appended_to_as_such(data, days):
+    """As those are that were prepared before there was `flag_missing`."""
+    manifest = json.loads((data / "manifest.json").read_text())
+    for feature in manifest["recipe"]["features"]:
+        del feature["flag_missing"]
+    (price,) = [feature for feature in manifest["features"] if feature["name"] == "price"]
+    price["missing"] = False
+    values = np.load(data / price["values"])
+    np.save(data / price["values"], np.nan_to_num(values))
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"features\.price\.flag_missing: True, but the data set at .* with False"):
+        append(data, days[2])
+    features = [{**each, "flag_missing": False} if each["name"] == "price" else each for each in RECIPE["features"]]
+    append(data, days[2], features=features)
+    (price,) = [feature for feature in read_manifest(str(data)).features if feature.name == "price"]
+    grown = np.load(data / price.values)
+    assert not price.missing and len(grown) > len(values) and (grown == 0).sum() > (np.nan_to_num(values) == 0).sum()
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gru4recf_dist.errors import UserError
-from tests.unit.data_prep.prepared import Prepared, run, write_csv
+from tests.unit.data_prep.prepared import Prepared, feature_values, run, write_csv
 
 # Item `only_test` is never trained on: its values are unknown unless a trained item has them.
 EVENTS = [(f"s{n}", item, n) for n in range(10) for item in ("a", "b", "c")] + [
@@ -69,16 +69,49 @@ def test_floats_raw_and_standardised(tmp_path):
     write_csv(tmp_path / "items.csv", [("a", 1.5), ("b", "x"), ("c", 4.5), ("only_test", 9), ("bare", "nan")],
               "item_id,price")  # fmt: skip
     features = [{"name": "price", "kind": "float"},
-                {"name": "scaled", "column": "price", "kind": "float", "standardize": True}]  # fmt: skip
+                {"name": "scaled", "column": "price", "kind": "float", "standardize": True},
+                {"name": "zeros", "column": "price", "kind": "float", "flag_missing": False}]  # fmt: skip
     data = prepared(tmp_path, features, items={"file": "items.csv"})
-    raw, scaled = (data.npy(feature["values"]) for feature in data.manifest["features"])
-    assert raw.dtype == np.float32
+    raw, scaled, zeros = (data.npy(feature["values"]) for feature in data.manifest["features"])
+    assert raw.dtype == np.float32 and raw[0] == scaled[0] == 0
     ids = data.ids
-    assert {token: float(raw[number]) for token, number in ids.items()} == {
-        "a": 1.5, "b": 0, "c": 4.5, "only_test": 9, "bare": 0,
-    }  # fmt: skip
+    expected = {"a": 1.5, "b": None, "c": 4.5, "only_test": 9, "bare": None}
+    assert feature_values(data, "price") == expected
+    assert {token: zeros[number] for token, number in ids.items()} == {t: v or 0 for t, v in expected.items()}
+    assert [feature["missing"] for feature in data.manifest["features"]] == [True, True, False]
     # Mean 3 and deviation 1.5 of the two trained values.
-    assert [float(scaled[ids[token]]) for token in ("a", "b", "c", "only_test")] == [-1, 0, 1, 4]
+    assert [float(scaled[ids[token]]) for token in ("a", "c", "only_test")] == [-1, 1, 4]
+    assert np.isnan(scaled[[ids["b"], ids["bare"]]]).all()
+
+
+def test_floats_of_which_none_is_missing_are_not_flagged_and_what_float32_cannot_hold_is_missing(tmp_path):
+    rows = [("a", 1, 1e39), ("b", 2, -1), ("c", 3, "1e-50"), ("only_test", 4, "inf"), ("bare", 5, 2)]
+    write_csv(tmp_path / "items.csv", rows, "item_id,whole,odd")
+    features = [{"name": name, "kind": "float"} for name in ("whole", "odd")]
+    data = prepared(tmp_path, features, items={"file": "items.csv"})
+    assert [feature["missing"] for feature in data.manifest["features"]] == [False, True]
+    assert feature_values(data, "odd") == {"a": None, "b": -1, "c": 0, "only_test": None, "bare": 2}
+
+
+def test_values_of_few_training_items_are_unknown(tmp_path):
+    rows = {"a": ("red", "u v"), "b": ("red", "v w"), "c": ("blue", "v"), "only_test": ("blue", "w"), "bare": ("", "u")}
+    write_csv(tmp_path / "items.csv", [(k, *v) for k, v in rows.items()], "item_id,color,tags")
+    features = [
+        {"name": "color", "kind": "token", "min_count": 2},
+        {"name": "tags", "kind": "token_seq", "min_count": 3},
+    ]
+    data = prepared(tmp_path, features, items={"file": "items.csv"})
+    assert [vocabulary(data, feature) for feature in data.manifest["features"]] == [["red"], ["v"]]
+    assert [feature["size"] for feature in data.manifest["features"]] == [3, 3]
+    # `c` is trained on: its unknown color is, too.
+    assert feature_values(data, "color") == {
+        "a": "red",
+        "b": "red",
+        "c": "unknown",
+        "only_test": "unknown",
+        "bare": None,
+    }
+    assert feature_values(data, "tags")["b"] == ["v", "unknown"]
 
 
 def test_vectors_from_npy_and_from_a_list_column(tmp_path):
@@ -135,17 +168,22 @@ def test_recbole_header_gives_the_kinds(tmp_path):
 @pytest.mark.parametrize(
     ("feature", "message"),
     [
-        ({"name": "colr", "kind": "token"}, r"items.csv: no column 'colr' \(it has: item_id, color, v\)"),
+        ({"name": "colr", "kind": "token"}, r"items.csv: no column 'colr' \(it has: item_id, color, v, w\)"),
         ({"name": "color"}, "features.color: kind must be given"),
         ({"name": "v", "kind": "vector"}, "features.v: vectors have different sizes"),
         ({"name": "color", "kind": "vector"}, "'red' is not a number"),
         ({"name": "x", "npy": "gone.npy", "npy_items": "names.txt"}, "features.x: .*gone.npy: no such file"),
         ({"name": "x", "npy": "v.npy", "npy_items": "names.txt"}, "v.npy: has fewer rows than .*names.txt"),
+        ({"name": "w", "kind": "vector"}, "features.w: a vector has an element that is missing or no finite"),
+        ({"name": "x", "npy": "w.npy", "npy_items": "names.txt"}, "w.npy: a vector has an element that is missing"),
     ],
 )
 def test_wrong_features_are_one_clear_error(tmp_path, feature, message):
-    write_csv(tmp_path / "items.csv", [("a", "red", "1 2"), ("b", "blue", "1 2 3")], "item_id,color,v")
+    write_csv(
+        tmp_path / "items.csv", [("a", "red", "1 2", "1 2"), ("b", "blue", "1 2 3", "1 nan")], "item_id,color,v,w"
+    )
     np.save(tmp_path / "v.npy", np.zeros((1, 3)))
+    np.save(tmp_path / "w.npy", np.array([[1, 1e39], [2, 2]]))
     (tmp_path / "names.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match=message) as caught:
         prepared(tmp_path, [feature], items={"file": "items.csv"})

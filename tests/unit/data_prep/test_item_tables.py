@@ -42,7 +42,7 @@ def test_features_of_tables_in_other_formats(tmp_path):
     }
     data = prepared(tmp_path, features, items={"file": "one.csv"}, item_tables=tables)
     assert [feature["name"] for feature in data.manifest["features"]] == ["price", "item", "tags", "ordinal"]
-    assert feature_values(data, "price") == {"a": 0, "b": 1.5, "c": 2.5, "d": 0}
+    assert feature_values(data, "price") == {"a": None, "b": 1.5, "c": 2.5, "d": None}
     assert feature_values(data, "item") == {"a": ["x", "y"], "b": ["z"], "c": [], "d": []}
     assert feature_values(data, "tags") == {"a": [], "b": [], "c": [], "d": ["u", "v"]}
     assert feature_values(data, "ordinal") == {"a": "1", "b": "2", "c": None, "d": None}
@@ -64,8 +64,8 @@ def test_first_or_latest_row_of_an_item_over_several_files(tmp_path):
 @pytest.mark.parametrize(
     ("time", "colors", "prices"),
     [
-        (None, {"a": "red", "b": "blue", "c": None, "d": None}, {"a": 3.0, "b": 0.0, "c": 7.0, "d": 0.0}),
-        ("at", {"a": "green", "b": "blue", "c": None, "d": None}, {"a": 3.0, "b": 0.0, "c": 8.0, "d": 0.0}),
+        (None, {"a": "red", "b": "blue", "c": None, "d": None}, {"a": 3.0, "b": None, "c": 7.0, "d": None}),
+        ("at", {"a": "green", "b": "blue", "c": None, "d": None}, {"a": 3.0, "b": None, "c": 8.0, "d": None}),
     ],
 )
 def test_long_table(tmp_path, time, colors, prices):
@@ -121,7 +121,7 @@ def test_extract_and_remove(tmp_path):
     data = prepared(tmp_path, features, items={"file": "items.csv"})
     assert feature_values(data, "year") == {"a": "1999", "b": None, "c": "2002", "d": None}
     assert feature_values(data, "tags") == {"a": ["1", "2"], "b": [], "c": ["1"], "d": []}
-    assert feature_values(data, "price") == {"a": 1299.5, "b": 0.0, "c": 2.0, "d": 0.0}
+    assert feature_values(data, "price") == {"a": 1299.5, "b": None, "c": 2.0, "d": None}
     assert feature_values(data, "all") == {"a": "1,299.50", "b": "EUR5", "c": "2", "d": None}
 
 

@@ -6,24 +6,27 @@ fixture `prepared` runs each recipe on both engines.
 
 import gzip
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.unit.data_prep.both_engines import ON_SPARK
+from tests.unit.data_prep.conftest import RECIPES
 from tests.unit.data_prep.prepared import Prepared, feature_values
+from tests.unit.data_prep.test_event_features import stored_columns, vocabulary_of
 
 
 def events_after(data: Prepared, step: str) -> int:
     return next(row["events"] for row in data.manifest["report"] if row.get("step") == step)
 
 
-def standardized(values: dict[str, float], missing: list[str] = ()) -> dict[str, float]:
-    """All of ``values`` are of items with training events; a missing one is the mean."""
+def standardized(values: dict[str, float], missing: list[str] = ()) -> dict[str, float | None]:
+    """All of ``values`` are of items with training events."""
     numbers = np.array(list(values.values()))
     scaled = (numbers - numbers.mean()) / numbers.std()
-    return {**dict(zip(values, scaled, strict=True)), **dict.fromkeys(missing, 0.0)}
+    return {**dict(zip(values, scaled, strict=True)), **dict.fromkeys(missing)}
 
 
 @pytest.fixture
@@ -33,7 +36,27 @@ def raw(tmp_path):
     return folder
 
 
-def test_yoochoose(raw, prepared):
+def option(recipe: str) -> list[str]:
+    """The overrides of the command that a recipe's comment gives for event features."""
+    text = (RECIPES / f"{recipe}.yaml").read_text().replace("\\\n#", "")
+    (command,) = [line for line in text.splitlines() if "event_features=" in line]
+    return shlex.split(command.partition(f"{recipe}.yaml")[2])
+
+
+def event_sessions(data: Prepared, split: str) -> list[list[tuple]]:
+    """Stored sessions as (item, value of the token feature, bucket of the gap)."""
+    (token,) = [feature["name"] for feature in data.manifest["event_features"] if feature["kind"] == "token"]
+    words = {0: None, 1: "unknown", **dict(enumerate(vocabulary_of(data, token), start=2))}
+    return sorted(
+        [
+            (data.tokens[int(item)], words[int(value)], int(gap))
+            for item, value, gap in zip(columns["items"], columns[token], columns["gap"], strict=True)
+        ]
+        for columns in stored_columns(data, split)
+    )
+
+
+def yoochoose(raw: Path) -> None:
     lines = []
     for session in range(1, 6):
         for minute, item in enumerate((214536502, 214536500, 214577561)):
@@ -49,6 +72,10 @@ def test_yoochoose(raw, prepared):
     lines += [f"11,2014-05-01T00:00:00.00{n}Z,643078800,0" for n in range(4)]
     (raw / "yoochoose-clicks.dat").write_text("\n".join(lines) + "\n")
     (raw / "yoochoose-buys.dat").write_text("1,2014-04-07T10:55:00.000Z,214536502,1046,1\n")
+
+
+def test_yoochoose(raw, prepared):
+    yoochoose(raw)
     data = prepared("yoochoose", raw, "store_times=true")
     a, b, c = "214536500", "214536502", "214577561"
     assert data.contents("train") == sorted([[b, a, c]] * 5 + [[b, a]])
@@ -57,6 +84,21 @@ def test_yoochoose(raw, prepared):
     # 2014-09-29T02:00:00Z and T02:59:59.430Z in microseconds since 1970.
     assert data.sessions("test")[0][3] == [1411956000000000, 1411959599430000]
     assert not (raw.parent / "out/quarantine.jsonl").exists()
+
+
+@pytest.mark.parametrize("prepared", ["duckdb"], indirect=True)
+def test_yoochoose_with_event_features(raw, prepared):
+    yoochoose(raw)
+    data = prepared("yoochoose", raw, *option("yoochoose"))
+    # Of the training clicks 17 have category 0, one has S, one a brand.
+    assert vocabulary_of(data, "category") == ["0"]
+    gap = data.manifest["event_features"][1]
+    # A minute is the longest gap in training: the first bound of its last bucket.
+    assert gap["dates"] and (gap["edges"][0], gap["edges"][-1], gap["size"]) == (1, 60, 18)
+    a, b, c = "214536500", "214536502", "214577561"
+    assert event_sessions(data, "test") == [[(a, "0", 1), (c, "0", 17)]]
+    # A millisecond apart.
+    assert [(b, "unknown", 1), (a, "unknown", 2)] in event_sessions(data, "train")
 
 
 def test_diginetica_raw(raw, prepared):
@@ -156,7 +198,20 @@ def test_retailrocket_with_other_properties_and_all_events(raw, prepared):
     assert data.contents("train") == sorted([[a, b, c]] * 5 + [[a, b], [c, c], [a, a, b, b, b, a]])
     assert feature_values(data, "available") == {a: None, b: None, c: "1"}
     assert feature_values(data, "words") == {a: [], b: ["1116713", "960601", "n277.200"], c: []}
-    assert feature_values(data, "price") == {a: 15360.0, b: 0.0, c: 9.5}
+    assert feature_values(data, "price") == {a: 15360.0, b: None, c: 9.5}
+
+
+def test_retailrocket_with_event_features(raw, prepared):
+    retailrocket(raw)
+    data = prepared("retailrocket", raw, *option("retailrocket"))
+    a, b = "355908", "248676"
+    assert sorted(vocabulary_of(data, "type")) == ["addtocart", "transaction", "view"]
+    (mixed,) = [session for session in event_sessions(data, "train") if any(event[1] != "view" for event in session)]
+    kinds = ["view", "view", "addtocart", "transaction", "view", "view"]
+    assert [event[:2] for event in mixed] == list(zip([a, a, b, b, b, a], kinds, strict=True))
+    gaps = [event[2] for event in mixed]
+    # A minute, 19 minutes, a minute, 19 minutes, a minute; a minute is the shortest of all.
+    assert gaps[0] == 1 and gaps[1] == gaps[3] == gaps[5] == 3 and gaps[2] == gaps[4] > 3
 
 
 def otto_line(session: int, start: int, *events: tuple[int, str]) -> str:
@@ -164,7 +219,7 @@ def otto_line(session: int, start: int, *events: tuple[int, str]) -> str:
     return json.dumps({"session": session, "events": listed})
 
 
-def test_otto(raw, prepared):
+def otto(raw: Path) -> None:
     start = 1659304800025
     # Sessions end in the order of their numbers: the last two of twenty are valid.
     train = [otto_line(n, start + n * 1000, (59625, "clicks"), (1142000, "clicks")) for n in range(19)]
@@ -177,6 +232,10 @@ def test_otto(raw, prepared):
         otto_line(12899780, start + 3_000_000_000, (1142000, "clicks"), (582732, "carts")),
     ]
     (raw / "otto-recsys-test.jsonl").write_text("\n".join(test) + "\n")
+
+
+def test_otto(raw, prepared):
+    otto(raw)
     data = prepared("otto", raw)
     assert data.contents("train") == [["59625", "1142000"]] * 18
     assert data.contents("valid") == sorted([["59625", "1142000"], ["59625", "1142000", "582732"]])
@@ -184,6 +243,19 @@ def test_otto(raw, prepared):
     # The carts and orders: 2 + 2 + 1.
     assert events_after(data, "read") - events_after(data, "keep rows") == 5
     assert not (raw.parent / "out/quarantine.jsonl").exists()
+
+
+@pytest.mark.parametrize("prepared", ["duckdb"], indirect=True)
+def test_otto_with_event_features(raw, prepared):
+    otto(raw)
+    data = prepared("otto", raw, *option("otto"))
+    events = [(59625, "clicks"), (7, "carts"), (1142000, "clicks"), (7, "orders"), (582732, "clicks")]
+    # Only clicks are in the training sessions; a millisecond is below the first bound.
+    expected = [
+        (str(aid), kind if kind == "clicks" else "unknown", 2 if place else 1)
+        for place, (aid, kind) in enumerate(events)
+    ]
+    assert expected in event_sessions(data, "valid")
 
 
 # User -> movies in the order of time; 2959 is in four lists only, so it goes and user 7 becomes too short.

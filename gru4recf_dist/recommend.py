@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from gru4recf_dist import trained_run
@@ -24,7 +22,8 @@ from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.batches import pack_histories
 from gru4recf_dist.data.blocks import Block
-from gru4recf_dist.data.shard_format import PADDING_ID, Manifest, file_url
+from gru4recf_dist.data.shard_format import PADDING_ID
+from gru4recf_dist.data.tokens import read_item_tokens
 from gru4recf_dist.errors import UserError, exits_cleanly
 from gru4recf_dist.evaluation.topk import top_k
 from gru4recf_dist.parallel import collectives
@@ -51,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     config = trained_run.read_config(arguments.run, arguments.overrides)
     with process_ranks.running(config.device, config.timeout_seconds) as ranks:
         model, manifest = trained_run.load_model(config, ranks)
-        tokens = _read_tokens(config, manifest)
+        tokens = read_item_tokens(config.data, manifest)
         ids = {token: number for number, token in enumerate(tokens) if number != PADDING_ID}
         counts = _Counts()
         with storage.open_read(arguments.input) as source, contextlib.ExitStack() as stack:
@@ -86,19 +85,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     process_ranks.add_launcher_argument(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as evaluation.batch_sessions=1024")
     return parser.parse_intermixed_args(argv)
-
-
-def _read_tokens(config: Config, manifest: Manifest) -> list[str]:
-    """The raw token of each item id; entry 0, the padding, is empty."""
-    url = file_url(config.data, manifest.tokens)
-    # Copied to Arrow's own memory: its threads outlive the read a little, and one that lets go of a Python object while
-    # Python ends aborts the process.
-    content = pa.BufferOutputStream()
-    content.write(storage.read_bytes(url))
-    tokens = pq.read_table(pa.BufferReader(content.getvalue()), columns=["token"])["token"].to_pylist()
-    if len(tokens) != manifest.items:
-        raise UserError(f"{url}: holds {len(tokens)} tokens, the manifest says {manifest.items}")
-    return ["", *tokens]
 
 
 def _read_lines(source, url: str) -> Iterator[dict]:

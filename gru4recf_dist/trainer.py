@@ -6,6 +6,7 @@ import math
 import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 from gru4recf_dist import recommender, stopping, trained_run, typed_yaml, warm_start
 from gru4recf_dist.checkpoint import Checkpoints, weight_settings
@@ -275,7 +276,12 @@ class Trainer:
         started = time.perf_counter()
         self.engine.copy_weights_to(self.model.encoder)
         check_finite(self.progress.step, self.model.encoder, self.table, self.ranks)
-        state = {
+        self.saver.save(self.progress.step, self.engine, self.table, self.state_dict(), is_best)
+        self._window.started += time.perf_counter() - started
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds beside its tensors; JSON types."""
+        return {
             "progress": vars(self.progress),
             "loss_scale": self.step.loss_scale.state_dict(),
             "loader": self.loader.state_dict(),
@@ -283,8 +289,6 @@ class Trainer:
             # What a run that starts from this one on a grown data set has to know of the embedded vocabularies.
             "features": [vars(spec) for spec in recommender.feature_specs(self.config.model, self.manifest)],
         }
-        self.saver.save(self.progress.step, self.engine, self.table, state, is_best)
-        self._window.started += time.perf_counter() - started
 
     def _resume(self, newest: int | None) -> None:
         """Go on from the run folder's newest undamaged checkpoint; if there is none, start from ``init_from``."""

@@ -17,7 +17,6 @@ from typing import Any
 
 from gru4recf_dist import recommender, typed_yaml
 from gru4recf_dist.checkpoint import state_tensors
-from gru4recf_dist.checkpoint_saving import check_finite
 from gru4recf_dist.config import Config, LoaderConfig
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.shard_format import Manifest, read_manifest
@@ -138,6 +137,9 @@ def _write_run(
     config: Config, checkpoint: RecBoleCheckpoint, manifest: Manifest, ids: TokenIds, ranks: Ranks
 ) -> Layout:
     """Write the checkpoint of step 0, from which training could also go on."""
+    for name, tensor in checkpoint.weights.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{checkpoint.source}: '{name}' has a value that is not finite")
     specs = recommender.feature_specs(config.model, manifest)
     vocabularies = {
         spec.name: read_vocabulary(config.data, manifest.feature(spec.name))
@@ -154,8 +156,6 @@ def _write_run(
     for name, tensor in weights.items():
         state[f"encoder.{name}"] = tensor.to(state[f"encoder.{name}"].dtype)
     trainer.engine.load_state_dict(state)
-    trainer.engine.copy_weights_to(trainer.model.encoder)
-    check_finite(0, trainer.model.encoder, trainer.table, ranks)
     commit = {"table_steps": trainer.table.optimizer.steps, "world_size": 1, "state": trainer.state_dict()}
     trainer.checkpoints.write(0, state_tensors(trainer.engine, trainer.table), commit, best=True, ranks=ranks)
     return layout

@@ -27,7 +27,6 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "item_inter_num_interval": (None, "[0,inf)"),
     "alias_of_item_id": (None,),
     "benchmark_filename": (None,),
-    "filter_inter_by_user_or_item": (True, None),
 }
 
 
@@ -72,12 +71,14 @@ def ids_of_files(folder: str, features: list[str], settings: dict[str, Any]) -> 
                     seen.update(dict.fromkeys(filter(None, parts)))
                 elif value is not None:
                     seen[value] = None
+    # RecBole leaves out events of items that NAME.item does not have, unless it is told not to.
+    only_described = has_item_file and settings.get("filter_inter_by_user_or_item", True) is True
     items: dict[str, None] = {}
     header, rows = _read(f"{base}.inter", settings)
     for row in rows:
         item = _value(row, header, item_field, f"{base}.inter")
         user = _value(row, header, user_field, f"{base}.inter")
-        if item is not None and user is not None and (not has_item_file or item in described):
+        if item is not None and user is not None and (not only_described or item in described):
             items[item] = None
     items |= described
     return TokenIds(folder, [PADDING, *items], {name: [PADDING, *seen] for name, seen in values.items()})

@@ -70,9 +70,10 @@ def read_checkpoint(url: str) -> RecBoleCheckpoint:
         raise UserError(f"{url}: holds a model {_shown(model)}; only {' and '.join(MODELS)} can be read")
     weights = loaded["state_dict"]
     if not isinstance(weights, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in weights.items()
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+        for name, tensor in weights.items()
     ):
-        raise UserError(f"{url}: not a RecBole checkpoint (its state_dict holds more than tensors)")
+        raise UserError(f"{url}: not a RecBole checkpoint (its state_dict holds more than tensors of floats)")
     others = loaded.get("other_parameter")
     features = others.get("feature_embed_layer") if isinstance(others, dict) else None
     data_set = features.attribute("dataset") if isinstance(features, Inert) else None

@@ -11,16 +11,15 @@ import pickle
 import re
 import types
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-# What a dictionary of tensors is pickled with; storages are torch.load's own business.
-_ALLOWED = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-}
+_PLAIN = {("collections", "OrderedDict"): OrderedDict}
+# What a tensor is pickled with by torch.save, beside its storage, which is torch.load's own business.
+_TENSORS = {**_PLAIN, ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2}
 # Where torch's zip files have their magic number, and what only TorchScript, which is a program, has in them.
 _ZIP_MAGIC = b"PK\x03\x04"
 _SCRIPT_MEMBER = b"/constants.pkl"
@@ -63,17 +62,22 @@ class Inert:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds nothing but what is allowed. ``skipped`` collects the other names, in a class made for each file."""
+    """Finds nothing but what is ``allowed``, and collects the other names in ``skipped``."""
 
+    allowed: Mapping[tuple[str, str], Any]
     skipped: set[str]
 
     def find_class(self, module: str, name: str) -> Any:
-        allowed = _ALLOWED.get((module, name))
-        if allowed is not None:
-            return allowed
+        if (module, name) in self.allowed:
+            return self.allowed[module, name]
         self.skipped.add(f"{module}.{name}")
         # A class, since a pickle may ask for `cls.__new__` and the unpickler then demands one.
         return type("Inert", (Inert,), {"name": f"{module}.{name}"})
+
+
+def _restricted(allowed: Mapping[tuple[str, str], Any], skipped: set[str]) -> type[_Unpickler]:
+    """A class for one file: torch.load makes the unpickler itself."""
+    return type("_Restricted", (_Unpickler,), {"allowed": allowed, "skipped": skipped})
 
 
 def load_pickle(content: bytes) -> tuple[Any, set[str]]:
@@ -83,9 +87,8 @@ def load_pickle(content: bytes) -> tuple[Any, set[str]]:
         ValueError: it is no pickle, or a damaged one.
     """
     skipped: set[str] = set()
-    restricted = type("_Restricted", (_Unpickler,), {"skipped": skipped})
     try:
-        return restricted(io.BytesIO(content)).load(), skipped
+        return _restricted(_PLAIN, skipped)(io.BytesIO(content)).load(), skipped
     # What a damaged or hostile pickle raises has no common type.
     except Exception as error:
         raise ValueError(_reason(error)) from error
@@ -102,9 +105,7 @@ def load_torch(content: bytes) -> tuple[Any, set[str]]:
     if _SCRIPT_MEMBER in content:
         raise ValueError("a TorchScript program")
     skipped: set[str] = set()
-    restricted = types.SimpleNamespace(
-        __name__="restricted", Unpickler=type("_Restricted", (_Unpickler,), {"skipped": skipped})
-    )
+    restricted = types.SimpleNamespace(__name__="restricted", Unpickler=_restricted(_TENSORS, skipped))
     try:
         # Not weights_only: that refuses a file as a whole for the configuration that lies beside the tensors.
         loaded = torch.load(io.BytesIO(content), map_location="cpu", pickle_module=restricted, weights_only=False)

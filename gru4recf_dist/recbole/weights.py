@@ -173,7 +173,7 @@ class Layout:
                 ours[name] = theirs
                 continue
             parts = theirs.split([part.rows for part in maps])
-            ours[name] = torch.cat([rows.to_ours(part) for rows, part in zip(maps, parts, strict=True)])
+            ours[name] = torch.cat([each.to_ours(part) for each, part in zip(maps, parts, strict=True)])
         unknown = set(weights) - {self.recbole_name(name) for name in self._names}
         if unknown:
             raise UserError(f"{source}: has a weight '{min(unknown)}', which has no counterpart here")
@@ -194,7 +194,7 @@ class Layout:
             values = weights[name]
             if maps is not None:
                 parts = values.split([len(part.places) for part in maps])
-                values = torch.cat([rows.to_theirs(part) for rows, part in zip(maps, parts, strict=True)])
+                values = torch.cat([each.to_theirs(part) for each, part in zip(maps, parts, strict=True)])
             theirs[self.recbole_name(name)] = values.contiguous().clone()
         return theirs
 

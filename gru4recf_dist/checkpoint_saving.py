@@ -23,6 +23,7 @@ from gru4recf_dist.monitoring import Monitor
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel.engines import Engine
 from gru4recf_dist.parallel.ranks import Ranks
+from gru4recf_dist.parallel.whereabouts import HERE
 from gru4recf_dist.table.item_table import ShardedItemTable
 
 GIB = 1 << 30
@@ -58,7 +59,9 @@ class CheckpointSaver:
 
     def __init__(self, checkpoints: Checkpoints, config: CheckpointConfig, ranks: Ranks, monitor: Monitor) -> None:
         self._checkpoints, self._config, self._ranks, self._monitor = checkpoints, config, ranks, monitor
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if config.in_background else None
+        self._thread = None
+        if config.in_background:
+            self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=HERE.ignore_this_thread)
         self._last: _Write | None = None
         self._pending: Future[None] | None = None
         self._failures = 0

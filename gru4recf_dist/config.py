@@ -93,6 +93,13 @@ class LossScaleConfig(Section):
     largest: float = Field(float(1 << 24), ge=1.0)
 
 
+class NonFiniteConfig(Section):
+    """Steps whose loss or gradients are not finite: no rank updates anything, and the batch is kept for a replay."""
+
+    policy: Literal["stop", "skip"] = Field("stop", description="end the run, or go on with the next batch")
+    max_skips: PositiveInt = Field(10, description="steps in a row that are skipped until the run ends")
+
+
 class ScheduleConfig(Section):
     """Learning-rate factor, for encoder and table alike: linear warm-up, then the named decay to ``final``."""
 
@@ -176,6 +183,8 @@ class MonitoringConfig(Section):
     replica_check_steps: PositiveInt | None = Field(
         100, description="every so many steps the ranks compare their copies of the encoder; null: never"
     )
+    slow_rank_factor: float = Field(2.0, gt=1.0, description="times the median of the other ranks' time that is slow")
+    slow_rank_seconds: PositiveFloat = Field(60.0, description="for how long a rank is slow until it is named")
     tensorboard: bool = True
     progress: bool = True
 
@@ -195,6 +204,7 @@ class Config(Section):
         "fp32", description="of the encoder's matrix products; weights are float32, but float64 with fp64"
     )
     loss_scale: LossScaleConfig = LossScaleConfig()
+    non_finite: NonFiniteConfig = NonFiniteConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     resume: Literal["auto", "never"] = "auto"
     timeout_seconds: PositiveInt = Field(1800, description="how long a collective waits for a missing rank")

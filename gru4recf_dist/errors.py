@@ -12,6 +12,10 @@ class UserError(Exception):
     """Bad configuration or input. Its text is one line that names the key or the file."""
 
 
+class RanksLost(Exception):
+    """A collective failed: another rank is gone, or did not arrive in time. One line; not this rank's fault."""
+
+
 _hidden: set[str] = set()
 # A shorter text is no secret, and would be found everywhere.
 _SHORTEST_HIDDEN = 4
@@ -39,7 +43,7 @@ def report_from_every_rank() -> None:
 
 
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Make a program's ``main`` print a ``UserError`` as one line on stderr and return 2.
+    """Make a program's ``main`` print a ``UserError`` as one line on stderr and return 2; for a ``RanksLost`` 1.
 
     Under torchrun every rank fails alike on a bad configuration, so only rank 0 speaks until
     `report_from_every_rank` is called.
@@ -53,5 +57,8 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
             if _every_rank_reports or os.environ.get("RANK", "0") == "0":
                 print(f"error: {redacted(str(error))}", file=sys.stderr, flush=True)
             return 2
+        except RanksLost as error:
+            print(f"error: rank {os.environ.get('RANK', '0')}: {redacted(str(error))}", file=sys.stderr, flush=True)
+            return 1
 
     return wrapper

@@ -46,7 +46,11 @@ def main(argv: list[str] | None = None, default_config: Path | None = None) -> i
     if arguments.check or arguments.finished:
         print(check(config))
         return EXIT_UNFINISHED if arguments.finished else 0
-    with process_ranks.running(config.device, config.timeout_seconds) as ranks:
+
+    def keep(name: str, content: bytes) -> None:
+        storage.write_bytes(storage.join(config.run_dir, name), content)
+
+    with process_ranks.running(config.device, config.timeout_seconds, keep) as ranks:
         # Rank 0 decides: what a shared file system shows to different machines may differ for a while.
         if from_first(ranks, lambda: is_finished(config)):
             if ranks.is_first:

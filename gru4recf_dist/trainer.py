@@ -8,7 +8,10 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from gru4recf_dist import recommender, stopping, trained_run, typed_yaml, warm_start
+from gru4recf_dist.broken_steps import BrokenSteps
 from gru4recf_dist.checkpoint import Checkpoints, weight_settings
 from gru4recf_dist.checkpoint_saving import CheckpointSaver, check_finite
 from gru4recf_dist.config import Config
@@ -25,6 +28,8 @@ from gru4recf_dist.parallel.engines import make_engine
 from gru4recf_dist.parallel.node_arrays import NodeArrays
 from gru4recf_dist.parallel.ranks import Ranks, from_first
 from gru4recf_dist.parallel.replicas import check_replicas
+from gru4recf_dist.parallel.slow_ranks import SlowRanks, ratios
+from gru4recf_dist.parallel.whereabouts import HERE
 from gru4recf_dist.schedule import factor
 from gru4recf_dist.table.negatives import NegativeSampler, read_popularity
 from gru4recf_dist.training_step import MicroBatch, StepResult, TrainingStep
@@ -40,7 +45,8 @@ class Progress:
         step: updates made.
         best, evaluations_since_best: early stopping's memory.
         sessions_lost: training sessions, each epoch anew, of damaged shards (`loader.on_bad_shard: skip`).
-        skipped_steps: those whose fp16 gradients overflowed.
+        skipped_steps: those whose gradients or loss were not finite.
+        broken_in_a_row: of these, the last ones that no smaller loss scale would have helped.
         evaluation_owed: a signal stopped the run before the evaluation that was due after this step.
         trained_events, trained_seconds: over all ranks, for the throughput of the whole run.
     """
@@ -51,6 +57,7 @@ class Progress:
     trained_events: int = 0
     sessions_lost: int = 0
     skipped_steps: int = 0
+    broken_in_a_row: int = 0
     trained_seconds: float = 0.0
     evaluation_owed: bool = False
 
@@ -64,6 +71,7 @@ class _Window:
     targets: float = 0.0
     events: float = 0.0
     wait_seconds: float = 0.0
+    busy_seconds: float = 0.0
     traffic: traffic.Traffic = field(default_factory=traffic.Traffic)
     started: float = field(default_factory=time.perf_counter)
 
@@ -97,6 +105,8 @@ class Trainer:
         self.step = TrainingStep(config, self.model, self.engine, objective, ranks)
         self.evaluator = Evaluator(config, self.manifest, self.popularity, ranks)
         self.progress, self._window = Progress(), _Window()
+        self.broken_steps = BrokenSteps(config.non_finite, config.run_dir, ranks)
+        self._slow_ranks = SlowRanks(config.monitoring.slow_rank_factor, config.monitoring.slow_rank_seconds)
         self._resume(newest)
         self.total_steps = total_steps(config, self.loader, self.progress.step)
 
@@ -138,11 +148,16 @@ class Trainer:
             # However the loop is left, the thread that prepares the next batch has then ended.
             with closing(self.loader.prepared(self.step.prepare)) as batches:
                 for left in range(steps - 1, -1, -1):
-                    before = time.perf_counter()
+                    before, waited = time.perf_counter(), HERE.waited_seconds
+                    HERE.enter("reading", progress.step + 1)
                     prepared = next(batches)
                     self._window.wait_seconds += time.perf_counter() - before
                     done = self.update(prepared)
-                    progress.trained_seconds += time.perf_counter() - before
+                    HERE.enter("logging")
+                    seconds = time.perf_counter() - before
+                    progress.trained_seconds += seconds
+                    # Time spent waiting for other ranks says nothing about this one.
+                    self._window.busy_seconds += seconds - (HERE.waited_seconds - waited)
                     finished = progress.step >= self.total_steps
                     evaluate = self._evaluation_is_due(epoch_ended=left == 0, last=finished)
                     if done.stop and not finished:
@@ -190,6 +205,11 @@ class Trainer:
         progress.trained_events += int(done.events)
         progress.sessions_lost += int(done.sessions_lost)
         progress.skipped_steps += not done.updated
+        if done.broken is None:
+            self.broken_steps.good()
+        else:
+            self.monitor.say(self.broken_steps.broken(progress.step, [batch.packed for batch in batches], done.broken))
+        progress.broken_in_a_row = self.broken_steps.in_a_row
         check_steps = self.config.monitoring.replica_check_steps
         if check_steps is not None and progress.step % check_steps == 0:
             check_replicas(progress.step, self.engine.module, self.ranks)
@@ -200,8 +220,10 @@ class Trainer:
     def _log(self, done: StepResult, at_once: bool) -> None:
         window, step = self._window, self.progress.step
         window.steps += 1
-        window.loss += done.loss
-        window.targets += done.targets
+        # What a skipped step's loss was is no figure.
+        if done.broken is None:
+            window.loss += done.loss
+            window.targets += done.targets
         window.events += done.events
         if step % self.config.monitoring.log_every_steps and step != 1 and not at_once:
             self.monitor.advance()
@@ -225,7 +247,13 @@ class Trainer:
         }
         if self.config.precision == "fp16":
             values["train/loss_scale"] = self.step.loss_scale.value
+        if self.config.precision == "fp16" or self.config.non_finite.policy == "skip":
             values["train/skipped_steps"] = self.progress.skipped_steps
+        if self.ranks.world > 1:
+            busy = collectives.gather_vector(np.array([window.busy_seconds]), self.ranks.host)[:, 0]
+            values["perf/slowest_rank"] = float(ratios(busy).max())
+            for line in self._slow_ranks.look(busy, seconds):
+                self.monitor.say(line)
         self.monitor.scalars(step, values)
         self.saver.show_written()
         shown = {"loss": "train/loss", "events_per_s": "perf/events_per_second", "gib": "perf/peak_memory_gib"}
@@ -252,6 +280,7 @@ class Trainer:
         """Evaluate on the validation split; whether that is the best so far."""
         progress = self.progress
         started = time.perf_counter()
+        HERE.enter("evaluation")
         self.engine.copy_weights_to(self.model.encoder)
         metrics = self.evaluator.evaluate(self.model, "valid")
         values = {f"eval/{name}/{key}": value for name, part in metrics.items() for key, value in part.items()}
@@ -274,6 +303,7 @@ class Trainer:
 
     def _save(self, is_best: bool) -> None:
         started = time.perf_counter()
+        HERE.enter("checkpoint")
         self.engine.copy_weights_to(self.model.encoder)
         check_finite(self.progress.step, self.model.encoder, self.table, self.ranks)
         self.saver.save(self.progress.step, self.engine, self.table, self.state_dict(), is_best)
@@ -300,6 +330,7 @@ class Trainer:
                     "made with; choose another run_dir"
                 )
             self.progress = Progress(**state["progress"])
+            self.broken_steps.in_a_row = self.progress.broken_in_a_row
             self.step.loss_scale.load_state_dict(state.get("loss_scale", {}))
             self.loader.load_state_dict(state["loader"])
         elif self.config.init_from is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel.engines import Engine
 from gru4recf_dist.parallel.loss_scale import LossScale
 from gru4recf_dist.parallel.ranks import Ranks
+from gru4recf_dist.parallel.whereabouts import HERE
 from gru4recf_dist.recommender import Recommender
 from gru4recf_dist.table.batch_negatives import StepProposal
 from gru4recf_dist.table.partition import Routing, route
@@ -37,7 +39,9 @@ class StepResult:
     Attributes:
         loss, targets, events, sessions_lost: sums over the global batch.
         stop: whether any rank was asked to stop.
-        updated: False if the update was skipped, because an fp16 gradient overflowed.
+        updated: False if the update was skipped: a gradient or the loss was not finite.
+        broken: names of what was not finite on this rank, if a smaller loss scale would not help; None if no rank had
+            such a thing.
         gradient_norm: of the encoder, before clipping.
         table_squared_norm: of this rank's share of the rows, before clipping.
     """
@@ -48,6 +52,7 @@ class StepResult:
     sessions_lost: float
     stop: bool
     updated: bool
+    broken: list[str] | None
     gradient_norm: torch.Tensor
     table_squared_norm: torch.Tensor
 
@@ -58,7 +63,7 @@ class TrainingStep:
     def __init__(self, config: Config, model: Recommender, engine: Engine, objective: Objective, ranks: Ranks) -> None:
         self.config, self.model, self.engine, self.objective, self.ranks = config, model, engine, objective, ranks
         self.loss_scale = LossScale(config.loss_scale if config.precision == "fp16" else None)
-        self._watch = _GradientWatch(engine.module.parameters())
+        self._watch = _GradientWatch(engine.module.named_parameters())
 
     def prepare(self, block: Block) -> list[MicroBatch]:
         """This rank's sessions of a global batch, ready for an update.
@@ -77,10 +82,8 @@ class TrainingStep:
             step: its number, from 1; decides dropout and negatives.
             factor: on both learning rates.
             stop: whether this rank was asked to stop.
-
-        Raises:
-            UserError: loss or gradients are not finite; nothing was updated.
         """
+        HERE.enter("forward", step)
         # Dropout depends on (seed, step, rank) alone: there is no generator state to save.
         torch.manual_seed(hash((self.config.seed, step, self.ranks.rank)) & 0x7FFFFFFFFFFFFFFF)
         scale = self.loss_scale.value
@@ -90,22 +93,26 @@ class TrainingStep:
         loss = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for number, batch in enumerate(batches, 1):
             with self.engine.accumulating(last=number == len(batches)):
+                HERE.enter("forward")
                 local = self._loss(batch, proposal)
+                HERE.enter("backward")
                 targets = counts.result()[0]
                 # The engine's mean over ranks and the table's division by W both undo the factor W.
                 self.engine.backward(local * (self.ranks.world / max(targets, 1.0)), scale)
                 loss += local.detach()
         targets, events, sessions_lost, stops = counts.result()
+        HERE.enter("update")
         total_loss, finite = self._agree(loss)
-        updated = self.loss_scale.update(step, finite)
-        if updated:
+        broken = None if self.loss_scale.update(finite) else self._broken_names(loss)
+        self._watch.forget()
+        if finite:
             norm = self.engine.step(self.config.optimizer.lr * factor, scale)
             table_norm = self.model.table.apply_gradients(self.config.table.lr * factor, scale)
         else:
             self.engine.skip()
             self.model.table.discard_gradients()
             norm = table_norm = torch.tensor(math.nan)
-        return StepResult(total_loss, targets, events, sessions_lost, stops > 0, updated, norm, table_norm)
+        return StepResult(total_loss, targets, events, sessions_lost, stops > 0, finite, broken, norm, table_norm)
 
     def _loss(self, batch: MicroBatch, proposal: StepProposal | None) -> torch.Tensor:
         """Sum of this rank's losses over a micro-batch."""
@@ -128,25 +135,38 @@ class TrainingStep:
 
         It comes before the update: every rank makes it, or none does.
         """
-        broken = self._watch.take() | self.model.table.has_broken_gradient()
+        broken = self._watch.any() | self.model.table.has_broken_gradient()
         sums = torch.stack([loss, broken.to(loss)]).cpu()
         total, broken_ranks = collectives.sum_over_ranks(sums, self.ranks.host, "loss").tolist()
         return total, math.isfinite(total) and not broken_ranks
+
+    def _broken_names(self, loss: torch.Tensor) -> list[str]:
+        """Of what is not finite on this rank, for people."""
+        names = [] if bool(loss.isfinite()) else ["loss"]
+        if bool(self.model.table.has_broken_gradient()):
+            names.append("gradient of the item rows")
+        return names + [f"gradient of {name}" for name in self._watch.broken()]
 
 
 class _GradientWatch:
     """Sees every gradient of ``parameters`` as backward makes it, wherever the engine then puts it."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self._broken: list[torch.Tensor] = []
-        for parameter in parameters:
-            parameter.register_hook(self._look)
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self._seen: list[tuple[str, torch.Tensor]] = []
+        for name, parameter in parameters:
+            parameter.register_hook(partial(self._look, name))
 
-    def _look(self, gradient: torch.Tensor) -> None:
+    def _look(self, name: str, gradient: torch.Tensor) -> None:
         # A tensor: asking for its value would make the host wait for the device.
-        self._broken.append((~gradient.isfinite()).any())
+        self._seen.append((name, (~gradient.isfinite()).any()))
 
-    def take(self) -> torch.Tensor:
-        """Whether one since the last call was not finite, bool []."""
-        broken, self._broken = self._broken, []
-        return torch.stack(broken).any()
+    def any(self) -> torch.Tensor:
+        """Whether one since `forget` was not finite, bool []."""
+        return torch.stack([broken for _, broken in self._seen]).any()
+
+    def broken(self) -> list[str]:
+        """The names of those that were not, each once."""
+        return list(dict.fromkeys(name for name, broken in self._seen if bool(broken)))
+
+    def forget(self) -> None:
+        self._seen.clear()

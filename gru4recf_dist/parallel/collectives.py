@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from gru4recf_dist.parallel import traffic
+from gru4recf_dist.parallel.whereabouts import HERE
 
 # Share of the rows that an all-gather may send as padding; see `balanced_all_gather_rows`.
 PADDING = 0.1
@@ -39,7 +40,8 @@ def all_to_all(
         return rows
     received = rows.new_empty(sum(receive), *rows.shape[1:])
     traffic.TOTAL.add(purpose, (sum(send) - send[group.rank()]) * _row_bytes(rows))
-    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
+    with HERE.waiting(purpose):
+        dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
     return received
 
 
@@ -97,7 +99,8 @@ def all_gather_rows(
     longest = max(counts)
     gathered = rows.new_empty(longest * len(counts), *rows.shape[1:])
     traffic.TOTAL.add(purpose, (len(counts) - 1) * longest * _row_bytes(rows))
-    _all_gather_single(gathered, _padded(rows, longest), group=group)
+    with HERE.waiting(purpose):
+        _all_gather_single(gathered, _padded(rows, longest), group=group)
     if min(counts) == longest:
         return gathered
     return gathered[_own_places(counts, rows.device)]
@@ -124,7 +127,8 @@ class _AllGatherRows(torch.autograd.Function):
             gradient = padded
         share = gradient.new_empty(longest, *gradient.shape[1:])
         traffic.TOTAL.add(purpose, (len(counts) - 1) * longest * _row_bytes(share))
-        _reduce_scatter_single(share, gradient.contiguous(), group=ctx.group)
+        with HERE.waiting(purpose):
+            _reduce_scatter_single(share, gradient.contiguous(), group=ctx.group)
         return share[: counts[ctx.group.rank()]], None, None, None
 
 
@@ -174,7 +178,8 @@ def exchange_counts(counts: np.ndarray, group: dist.ProcessGroup) -> list[int]:
         return counts.tolist()
     received = torch.empty(len(counts), dtype=torch.int64)
     traffic.TOTAL.add("counts", (len(counts) - 1) * received.element_size())
-    dist.all_to_all_single(received, torch.from_numpy(counts.astype(np.int64)), group=group)
+    with HERE.waiting("counts"):
+        dist.all_to_all_single(received, torch.from_numpy(counts.astype(np.int64)), group=group)
     return received.tolist()
 
 
@@ -184,7 +189,8 @@ def gather_counts(count: int, group: dist.ProcessGroup) -> list[int]:
         return [count]
     gathered = torch.empty(group.size(), dtype=torch.int64)
     traffic.TOTAL.add("counts", (group.size() - 1) * gathered.element_size())
-    _all_gather_single(gathered, torch.tensor([count]), group=group)
+    with HERE.waiting("counts"):
+        _all_gather_single(gathered, torch.tensor([count]), group=group)
     return gathered.tolist()
 
 
@@ -192,14 +198,15 @@ class PendingSum:
     """A sum over the ranks that is on its way. ``group`` must be on the CPU."""
 
     def __init__(self, values: torch.Tensor, group: dist.ProcessGroup, purpose: str = "loss") -> None:
-        self._values = values
+        self._values, self._purpose = values, purpose
         traffic.TOTAL.add_all_reduce(purpose, values.nbytes, group.size())
         self._work = dist.all_reduce(values, group=group, async_op=True) if group.size() > 1 else None
 
     def result(self) -> list[float]:
         """The sums; waits for them the first time."""
         if self._work is not None:
-            self._work.wait()
+            with HERE.waiting(self._purpose):
+                self._work.wait()
             self._work = None
         return self._values.tolist()
 
@@ -208,7 +215,8 @@ def max_over_ranks(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tens
     """Largest in place over the ranks, and return it."""
     traffic.TOTAL.add_all_reduce("other", values.nbytes, group.size())
     if group.size() > 1:
-        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+        with HERE.waiting("other"):
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
     return values
 
 
@@ -222,5 +230,6 @@ def sum_over_ranks(values: torch.Tensor, group: dist.ProcessGroup, purpose: str 
     """Sum in place over the ranks, and return it."""
     traffic.TOTAL.add_all_reduce(purpose, values.nbytes, group.size())
     if group.size() > 1:
-        dist.all_reduce(values, group=group)
+        with HERE.waiting(purpose):
+            dist.all_reduce(values, group=group)
     return values

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from gru4recf_dist.config import LossScaleConfig
-from gru4recf_dist.errors import UserError
 
 
 class LossScale:
@@ -21,14 +20,12 @@ class LossScale:
         self.value = 1.0 if config is None else config.initial
         self._good_steps = 0
 
-    def update(self, step: int, finite: bool) -> bool:
+    def update(self, finite: bool) -> bool:
         """Take note of how a step went.
 
         Returns:
-            whether its update may be made.
-
-        Raises:
-            UserError: it was not finite, and a smaller scale cannot help.
+            whether that is in order: its update may be made, or it is skipped because of the scale, which is now
+            smaller. If not, it was not finite, and a smaller scale cannot help.
         """
         config = self._config
         if finite:
@@ -37,12 +34,9 @@ class LossScale:
                 self.value, self._good_steps = min(self.value * 2.0, config.largest), 0
             return True
         if config is None or self.value <= 1.0:
-            raise UserError(
-                f"step {step}: loss or gradients are not finite; nothing was updated. "
-                "Try lower optimizer.lr and table.lr, or optimizer.clip"
-            )
+            return False
         self.value, self._good_steps = self.value / 2.0, 0
-        return False
+        return True
 
     def state_dict(self) -> dict[str, float]:
         return {"value": self.value, "good_steps": self._good_steps}

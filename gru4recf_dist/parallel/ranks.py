@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gru4recf_dist.errors import UserError, report_from_every_rank
+from gru4recf_dist.errors import RanksLost, UserError, report_from_every_rank
+from gru4recf_dist.parallel.roll_call import RollCall
+from gru4recf_dist.parallel.whereabouts import HERE
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ def start(device: str = "auto", timeout_seconds: int = 1800, init_method: str | 
     """
     chosen = choose_device(device)
     timeout = timedelta(seconds=timeout_seconds)
+    # How many collectives torch remembers, for when one of them hangs. gloo remembers none by default.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         # cuDNN's RNNs use TF32 unless told otherwise: 1e-3 is not the fp32 that `precision` promises.
@@ -100,22 +104,53 @@ def start(device: str = "auto", timeout_seconds: int = 1800, init_method: str | 
 
 
 @contextlib.contextmanager
-def running(device: str, timeout_seconds: int) -> Iterator[Ranks]:
+def running(device: str, timeout_seconds: int, keep: Callable[[str, bytes], None] | None = None) -> Iterator[Ranks]:
     """The ranks for the length of a program: joined at the start, left together at the end.
 
     When the block raises, the group is left as it is: leaving it could block, and the error must get out.
+
+    Args:
+        keep: as for `RollCall`.
+
+    Raises:
+        RanksLost: a collective failed; it names who did not arrive, if that was found out.
     """
     ranks = start(device, timeout_seconds)
     report_from_every_rank()
-    yield ranks
-    wait_for_all(ranks)
+    roll_call = None
+    if ranks.world > 1:
+        store = dist.PrefixStore("roll_call", dist.distributed_c10d._get_default_store().clone())
+        roll_call = RollCall(ranks.rank, ranks.world, timeout_seconds, store, keep)
+        roll_call.start()
+    try:
+        yield ranks
+        wait_for_all(ranks)
+    except RuntimeError as error:
+        if not _tells_of_others(error):
+            raise
+        found = roll_call.findings() if roll_call else None
+        raise RanksLost(found or f"{HERE.position()}: another rank is gone ({_first_line(error)})") from error
+    if roll_call:
+        roll_call.stop()
     stop()
+
+
+def _tells_of_others(error: RuntimeError) -> bool:
+    """Whether it is what a collective raises when another rank is late or gone; gloo has no class for it."""
+    words = ("Timed out", "timed out", "timeout", "Connection", "Socket", "socket", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+def _first_line(error: Exception) -> str:
+    """Without the place in torch's source that gloo puts before it."""
+    return str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]
 
 
 def wait_for_all(ranks: Ranks) -> None:
     """Wait until every rank is here. A rank that leaves while others still use its sockets makes them fail."""
     if ranks.world > 1:
-        dist.barrier(group=ranks.host)
+        with HERE.waiting("barrier"):
+            dist.barrier(group=ranks.host)
 
 
 def from_first(ranks: Ranks, compute: Callable[[], Any]) -> Any:
@@ -126,7 +161,8 @@ def from_first(ranks: Ranks, compute: Callable[[], Any]) -> Any:
     mine, bug = _outcome(ranks, compute) if ranks.is_first else (None, None)
     answer = [mine]
     if ranks.world > 1:
-        dist.broadcast_object_list(answer, src=0, group=ranks.host)
+        with HERE.waiting("answer of rank 0"):
+            dist.broadcast_object_list(answer, src=0, group=ranks.host)
     return _agreed(answer, bug)[0]
 
 
@@ -136,7 +172,8 @@ def from_each(ranks: Ranks, compute: Callable[[], Any]) -> list[Any]:
     answers = [mine]
     if ranks.world > 1:
         answers = [None] * ranks.world
-        dist.all_gather_object(answers, mine, group=ranks.host)
+        with HERE.waiting("answers of all"):
+            dist.all_gather_object(answers, mine, group=ranks.host)
     return _agreed(answers, bug)
 
 

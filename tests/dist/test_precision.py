@@ -100,4 +100,5 @@ def refuse(ranks: Ranks, config: Config, where: str) -> str:
 @pytest.mark.parametrize("stage", ["ddp", 2])
 def test_in_float32_such_a_gradient_ends_every_rank_before_the_update(tmp_path, data, where, stage):  # noqa: F811
     for text in run_ranks(2, refuse, tmp_path, small_config(data, tmp_path / "run", *ADAM, *engine(stage)), where):
-        assert text.startswith(f"step {OVERFLOW_STEP}: loss or gradients are not finite; nothing was updated")
+        assert text.startswith(f"step {OVERFLOW_STEP}: loss or gradients are not finite (")
+        assert "nothing was updated" in text

@@ -1,6 +1,6 @@
 """Makes `fixtures.tar.xz`: checkpoints, scores and metrics of RecBole 1.2.1 on a small synthetic data set.
 
-    make recbole-fixtures
+    make recbole-fixtures    # or, in RecBole's environment: python tests/recbole/make_fixtures.py [OUTPUT]
 
 Runs in RecBole's own environment, so it imports nothing of this project. In the archive:
 
@@ -184,4 +184,4 @@ def _without_owner(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 if __name__ == "__main__":
-    main(Path(__file__).with_name("fixtures.tar.xz").resolve())
+    main(Path(*sys.argv[1:] or [Path(__file__).with_name("fixtures.tar.xz")]).resolve())

@@ -48,8 +48,8 @@ def assert_scores_are_recboles(recbole: Path, name: str, run: Path, folder: Path
     found = scores_of(run, json.loads((recbole / "inputs.json").read_text()), folder)
     assert len(found) == len(expected) > 1
     ours = np.array([[scores[token] for token in tokens[1:]] for scores in found])
-    # A score is the sum of a few products of values below 1.
-    np.testing.assert_allclose(ours, expected[:, 1:], rtol=0, atol=1e-6)
+    # Scores of the trained ones reach 6, where neighbouring float32 numbers are 5e-7 apart.
+    np.testing.assert_allclose(ours, expected[:, 1:], rtol=0, atol=1e-6 * max(1.0, abs(expected).max()))
     assert expected[:, 1:].std(axis=1).min() > 1e-3
 
 

@@ -3,7 +3,7 @@
     python check_export.py FOLDER ANSWERS.jsonl OUTPUT.json [DATA_PATH DATASET]
 
 FOLDER is what `gru4recf_dist.export` wrote. A line of ANSWERS is {"session": [token, ...], "items": [token, ...],
-"scores": [score, ...]}, every item of the catalog in it. OUTPUT gets the largest difference from RecBole's own scores and
+"scores": [score, ...]}, with every item of the catalog. OUTPUT gets the largest difference from RecBole's scores and
 RecBole's metrics. With DATA_PATH and DATASET the model is loaded on that data set, not on the one in FOLDER.
 """
 

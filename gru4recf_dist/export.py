@@ -29,7 +29,7 @@ from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.recbole.atomic_export import ITEM_FIELD, TIME_FIELD, USER_FIELD, write_data_set
 from gru4recf_dist.recbole.checkpoint_files import write_checkpoint
 from gru4recf_dist.recbole.token_ids import TokenIds, read_ids, write_ids
-from gru4recf_dist.recbole.weights import TABLE, Layout
+from gru4recf_dist.recbole.weights import TABLE, Layout, weight_names
 from gru4recf_dist.recommender import Recommender
 
 MODEL, SETTINGS = "model.pth", "recbole.yaml"
@@ -37,7 +37,7 @@ _FUSIONS = {"concat_output": "GRU4RecF", "item_only": "GRU4Rec"}
 # Settings of the model that RecBole has too, that can be folded into its weights, or that only training knows.
 _EXPRESSED = ("features", "embedding_size", "hidden_size", "num_layers", "pooling", "dropout")
 _FOLDED = ("temperature", "learn_temperature")
-_ONLY_TRAINING = ("dropout_feature", "dropout_hidden")
+_ONLY_TRAINING = "dropout_"
 _KINDS = ("token", "token_seq", "float")
 
 
@@ -56,8 +56,9 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("export runs on one rank: start it without torchrun")
         model, manifest = trained_run.load_model(config.model_copy(update={"device": "cpu"}), ranks)
         specs = recommender.feature_specs(config.model, manifest)
-        _check_features(specs, manifest)
-        _write(arguments.output, config, manifest, model, specs, given)
+        weights = _weights(model, config.model)
+        _check_weights(weights, config.model, specs)
+        _write(arguments.output, config, manifest, weights, specs, given)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -77,26 +78,28 @@ def _check_settings(model: ModelConfig) -> None:
     if model.fusion not in _FUSIONS:
         raise UserError(f"model.fusion: RecBole has no {model.fusion!r} (it has {' and '.join(_FUSIONS)})")
     for name, value in model:
-        if name in ("fusion", *_EXPRESSED, *_FOLDED, *_ONLY_TRAINING):
+        is_default = value == type(model).model_fields[name].get_default(call_default_factory=True)
+        if is_default or name in ("fusion", *_EXPRESSED, *_FOLDED):
             continue
-        if value != type(model).model_fields[name].get_default(call_default_factory=True):
+        if not name.startswith(_ONLY_TRAINING):
             raise UserError(f"model.{name}: RecBole has nothing like {value!r}, so the scores would be others")
-    for name in _ONLY_TRAINING:
-        if getattr(model, name):
-            print(f"model.{name}: RecBole has none; it matters only if training goes on there", file=sys.stderr)
+        print(f"model.{name}: RecBole has none; it matters only if training goes on there", file=sys.stderr)
 
 
-def _check_features(specs: list[FeatureSpec], manifest: Manifest) -> None:
+def _check_weights(weights: dict[str, torch.Tensor], config: ModelConfig, specs: list[FeatureSpec]) -> None:
     for spec in specs:
         if spec.kind not in _KINDS:
             raise UserError(f"model.features: RecBole has nothing like '{spec.name}', a {spec.kind}")
+    unknown = set(weights) - set(weight_names(config, specs))
+    if unknown:
+        raise UserError(f"the weight '{min(unknown)}' has no counterpart in RecBole's {_FUSIONS[config.fusion]}")
 
 
 def _write(
     output: str,
     config: Config,
     manifest: Manifest,
-    model: Recommender,
+    weights: dict[str, torch.Tensor],
     specs: list[FeatureSpec],
     given: TokenIds | None,
 ) -> None:
@@ -112,13 +115,12 @@ def _write(
         made = write_data_set(output, name, config.data, manifest, features, items, tokens)
         ids, items, tokens, changed = made.ids, made.items, made.values, made.changed
     layout = Layout(config.model, specs, items, tokens, ids, all_values=False)
-    weights = layout.to_theirs(_weights(model, config.model))
     settings = _settings(config, layout.model, specs, name)
     write_ids(output, ids)
     with storage.open_atomic(storage.join(output, SETTINGS)) as stream:
         stream.write(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
     with storage.open_atomic(storage.join(output, MODEL)) as stream:
-        write_checkpoint(stream, settings, weights, config.optimizer.lr)
+        write_checkpoint(stream, settings, layout.to_theirs(weights), config.optimizer.lr)
     print(f"{layout.model} of {len(items) - 1} items: {output}", file=sys.stderr)
     if changed:
         print(f"{changed} tokens that RecBole's files cannot hold are percent-encoded in them", file=sys.stderr)

@@ -102,25 +102,12 @@ class Layout:
             for spec in specs
             if spec.kind in ("token", "token_seq")
         }
-        self._maps: dict[str, list[RowMap]] = {TABLE: [self.items]}
-        ordered = encoder_order(specs)
-        tokens, sequences, floats = (
-            [spec for spec in ordered if spec.kind == kind] for kind in ("token", "token_seq", "float")
-        )
-        if tokens:
-            self._maps[_TOKENS] = [self.values[spec.name] for spec in tokens]
-        if floats:
-            self._maps[_FLOATS] = [
-                RowMap(torch.arange(len(floats)) * _FLOAT_ROWS + _FLOAT_ROWS - 1, _FLOAT_ROWS * len(floats))
-            ]
-        for field, spec in enumerate(sequences):
-            self._maps[_TOKEN_SEQS.format(field)] = [self.values[spec.name]]
-        # In RecBole's order of parameters, which its optimizer's state goes by.
-        recurrent = [f"weight_{part}_l{layer}" for layer in range(config.num_layers) for part in ("ih", "hh")]
-        self._names = [*self._maps, *(f"item_gru_layers.{name}" for name in recurrent)]
-        if specs:
-            self._names += [f"feature_gru_layers.{name}" for name in recurrent]
-        self._names += ["dense_layer.weight", "dense_layer.bias"]
+        tokens, sequences, floats = _by_kind(specs)
+        maps = {TABLE: [self.items], _TOKENS: [self.values[spec.name] for spec in tokens]}
+        maps[_FLOATS] = [RowMap(torch.arange(len(floats)) * _FLOAT_ROWS + _FLOAT_ROWS - 1, _FLOAT_ROWS * len(floats))]
+        maps |= {_TOKEN_SEQS.format(field): [self.values[spec.name]] for field, spec in enumerate(sequences)}
+        self._names = weight_names(config, specs)
+        self._maps = {name: maps[name] for name in self._names if name in maps}
 
     def _of_values(self, name: str, vocabulary: list[str]) -> RowMap:
         theirs, first = self._ids.of_feature(name), UNKNOWN_VALUE_ID + 1
@@ -182,12 +169,8 @@ class Layout:
     def to_theirs(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """This project's weights as RecBole's, by its names and in the order of its parameters.
 
-        Raises:
-            UserError: a weight has no counterpart in RecBole.
+        ``weights`` are those of `weight_names`.
         """
-        unknown = set(weights) - set(self._names)
-        if unknown:
-            raise UserError(f"the weight '{min(unknown)}' has no counterpart in RecBole's {self.model}")
         theirs = {}
         for name in self._names:
             maps = self._maps.get(name)
@@ -197,6 +180,29 @@ class Layout:
                 values = torch.cat([each.to_theirs(part) for each, part in zip(maps, parts, strict=True)])
             theirs[self.recbole_name(name)] = values.contiguous().clone()
         return theirs
+
+
+def weight_names(config: ModelConfig, specs: list[FeatureSpec]) -> list[str]:
+    """This project's names of all weights that RecBole has too, in RecBole's order, which its optimizer goes by."""
+    tokens, sequences, floats = _by_kind(specs)
+    recurrent = [f"weight_{part}_l{layer}" for layer in range(config.num_layers) for part in ("ih", "hh")]
+    return [
+        TABLE,
+        *([_TOKENS] if tokens else []),
+        *([_FLOATS] if floats else []),
+        *(_TOKEN_SEQS.format(field) for field in range(len(sequences))),
+        *(f"item_gru_layers.{name}" for name in recurrent),
+        *(f"feature_gru_layers.{name}" for name in recurrent if specs),
+        "dense_layer.weight",
+        "dense_layer.bias",
+    ]
+
+
+def _by_kind(specs: list[FeatureSpec]) -> tuple[list[FeatureSpec], ...]:
+    """Token, token_seq and float features, each in the encoder's order."""
+    return tuple(
+        [spec for spec in encoder_order(specs) if spec.kind == kind] for kind in ("token", "token_seq", "float")
+    )
 
 
 def _places(ours: list[str], theirs: list[str], first: int) -> torch.Tensor:

@@ -110,16 +110,27 @@ def test_tokens_that_recboles_files_cannot_hold_are_encoded(recbole, tmp_path, c
     assert found == pytest.approx({encoded.get(token, token): s for token, s in expected.items()}, rel=0, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["model.score=cosine", "model.temperature=0.1"], "error: model.score: RecBole has nothing like 'cosine'"),
-    ],
-)
-def test_what_recbole_cannot_express_is_one_line_that_names_the_key(overrides, message, recbole, tmp_path, capsys):
-    run = train_run(recbole / "data", tmp_path / "run", *overrides)
+def test_what_recbole_cannot_express_is_one_line_that_names_the_key(recbole, tmp_path, capsys):
+    run = train_run(recbole / "data", tmp_path / "run", "model.score=cosine", "model.temperature=0.1")
+    capsys.readouterr()
     assert export.main([f"--run={run}", "--format=recbole", f"--output={tmp_path}/out"]) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    said = capsys.readouterr().err
+    assert said == "error: model.score: RecBole has nothing like 'cosine', so the scores would be others\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_recbole_lacks_is_named(recbole, tmp_path, capsys, monkeypatch):
+    run = train_run(recbole / "data", tmp_path / "run")
+    load = export.trained_run.load_model
+
+    def with_another_weight(*arguments):
+        model, manifest = load(*arguments)
+        model.encoder.gate = torch.nn.Parameter(torch.zeros(2))
+        return model, manifest
+
+    monkeypatch.setattr(export.trained_run, "load_model", with_another_weight)
+    assert export.main([f"--run={run}", "--format=recbole", f"--output={tmp_path}/out"]) == 2
+    assert "the weight 'gate' has no counterpart in RecBole's GRU4RecF" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -131,11 +131,6 @@ def test_sizes_that_do_not_fit_are_named(change, message):
         layout().to_ours(weights, shapes, "file")
 
 
-def test_a_weight_that_recbole_lacks_is_named():
-    with pytest.raises(UserError, match=r"'mixing\.gate' has no counterpart"):
-        layout().to_theirs({**OURS, **others(), "mixing.gate": torch.zeros(1)})
-
-
 def test_a_token_that_recbole_lacks_is_named():
     with pytest.raises(UserError, match=r"ids: the item 'b' of the data set is not there \(2 of 3 are not\)"):
         layout(ids=TokenIds("ids", ["[PAD]", "a", "d"], IDS.features))

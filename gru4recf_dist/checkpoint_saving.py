@@ -53,6 +53,9 @@ class _Write:
 class CheckpointSaver:
     """Writes the checkpoints of a run. `save`, `wait` and `finish` must be called by all ranks alike.
 
+    Attributes:
+        best_was_lost: the checkpoint that was the best so far could not be written; who reads it puts it back to False.
+
     Args:
         monitor: shows time and size of each checkpoint, and those that were not written.
     """
@@ -65,6 +68,7 @@ class CheckpointSaver:
         self._last: _Write | None = None
         self._pending: Future[None] | None = None
         self._failures = 0
+        self.best_was_lost = False
 
     def save(self, step: int, engine: Engine, table: ShardedItemTable, state: dict[str, Any], best: bool) -> None:
         """Begin to write the checkpoint of ``step``, once the one before it is written; or write it.
@@ -118,6 +122,7 @@ class CheckpointSaver:
     def _settle(self) -> None:
         """Draw the consequences of the last write."""
         self._failures = 0 if self._last.error is None else self._failures + 1
+        self.best_was_lost |= self._last.best and self._last.error is not None
         self._show(self._last)
         if self._failures >= self._config.max_failures:
             raise UserError(f"{self._last.error}; {self._failures} in a row (checkpoint.max_failures)")

@@ -105,6 +105,7 @@ class Trainer:
         self.step = TrainingStep(config, self.model, self.engine, objective, ranks)
         self.evaluator = Evaluator(config, self.manifest, self.popularity, ranks)
         self.progress, self._window = Progress(), _Window()
+        self._best_before: float | None = None
         self.broken_steps = BrokenSteps(config.non_finite, config.run_dir, ranks)
         self._slow_ranks = SlowRanks(config.monitoring.slow_rank_factor, config.monitoring.slow_rank_seconds)
         self._resume(newest)
@@ -287,15 +288,22 @@ class Trainer:
         self.monitor.scalars(progress.step, {**values, "eval/seconds": time.perf_counter() - started})
         name = self.config.early_stopping.metric
         value = metrics["valid"][name]
+        self._forget_lost_best()
         is_best = progress.best is None or value > progress.best
         if is_best:
-            progress.best = value
+            self._best_before, progress.best = progress.best, value
         progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
         shown = f"step {progress.step}, epoch {self.loader.epochs_done:.4g}: valid {name} {value:.4f}"
         self.monitor.say(shown + (" (best so far)" if is_best else ""))
         # Time spent here is not the loop's.
         self._window.started += time.perf_counter() - started
         return is_best
+
+    def _forget_lost_best(self) -> None:
+        """What storage did not take is not the best so far: a later one that is worse may be the best there is."""
+        self.saver.wait()
+        if self.saver.best_was_lost:
+            self.progress.best, self.saver.best_was_lost = self._best_before, False
 
     def _out_of_patience(self) -> bool:
         patience = self.config.early_stopping.patience
@@ -304,6 +312,7 @@ class Trainer:
     def _save(self, is_best: bool) -> None:
         started = time.perf_counter()
         HERE.enter("checkpoint")
+        self._forget_lost_best()
         self.engine.copy_weights_to(self.model.encoder)
         check_finite(self.progress.step, self.model.encoder, self.table, self.ranks)
         self.saver.save(self.progress.step, self.engine, self.table, self.state_dict(), is_best)

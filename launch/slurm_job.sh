@@ -25,6 +25,12 @@ run_on_nodes() {
     --kill-on-bad-exit=1 --open-mode=append --output="$log_dir/%j-%N.log" launch/torchrun_node.sh "$@"
 }
 
+# a_node_is_lost: whether one of the job's nodes does not answer. SLURM finds that out only after its SlurmdTimeout; ranks
+# whose connections broke have failed long before, and would take the job with them.
+a_node_is_lost() {
+  ! timeout "${NODE_TIMEOUT:-60}" srun --overlap --ntasks-per-node=1 --cpu-bind=none true >/dev/null 2>&1
+}
+
 # requeue REASON: puts the job back into the queue, unless SLURM has decided about it already: a job that lost a node or
 # was preempted is requeued anyway, and one that was cancelled must not come back.
 requeue() {

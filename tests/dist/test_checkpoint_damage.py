@@ -17,12 +17,14 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from gru4recf_dist import trained_run
-from gru4recf_dist.checkpoint_commits import DamagedCheckpoint, complete_steps, read_commit
+from gru4recf_dist.checkpoint_commits import DamagedCheckpoint, best_step, complete_steps, read_commit
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.errors import UserError
+from gru4recf_dist.evaluation.evaluator import Evaluator
 from gru4recf_dist.monitoring import Monitor
 from gru4recf_dist.parallel.ranks import Ranks
+from gru4recf_dist.parallel.whereabouts import HERE
 from gru4recf_dist.trainer import Trainer
 from tests.dist.test_resume import train_until
 from tests.support.ranks import RankFailed, run_ranks
@@ -229,6 +231,29 @@ def test_a_run_goes_on_while_its_disk_is_full_and_ends_after_too_many_failures(t
     (_, first), (_, second) = run_ranks(2, _train_with_a_full_disk, tmp_path, config, range(9, 10))
     assert first == second and "step-00000009/__1_0.distcp: cannot be written" in first
     assert not (tmp_path / "last/result.json").exists()
+
+
+def _train_and_lose_the_best(ranks: Ranks, config: Config) -> tuple[float, int | None]:
+    """Train with given validation figures, and a full disk for the checkpoint of the best one."""
+    figures = {2: 0.1, 4: 0.3, 6: 0.2, 8: 0.15, 9: 0.15}
+    evaluate = Evaluator.evaluate
+
+    def given(evaluator, model, split):
+        found = evaluate(evaluator, model, split)
+        step = HERE.step
+        return {**found, "valid": {**found["valid"], "ndcg@10": figures[step]}} if split == "valid" else found
+
+    Evaluator.evaluate = given
+    _train_with_a_full_disk(ranks, config, range(4, 5))
+    progress = read_commit(str(config.run_dir) + "/checkpoints", 9)["state"]["progress"]
+    return progress["best"], best_step(str(config.run_dir) + "/checkpoints")
+
+
+@pytest.mark.parametrize("mode", ["true", "false"])
+def test_a_best_checkpoint_that_could_not_be_written_is_not_the_best_so_far(tmp_path, data, mode):
+    evaluations = ("evaluation.every_steps=2", f"checkpoint.async={mode}", "model.embedding_size=64", "max_steps=9")
+    config = small_config(data, tmp_path / "run", *EVERY_TWO, *evaluations)
+    assert run_ranks(2, _train_and_lose_the_best, tmp_path, config) == [(0.2, 6)] * 2
 
 
 def test_time_and_size_of_every_checkpoint_are_logged(killed):

@@ -8,10 +8,14 @@ import random
 
 import pytest
 
+from gru4recf_dist.config import Config
+from gru4recf_dist.monitoring import Monitor
+from gru4recf_dist.parallel.ranks import Ranks
+from gru4recf_dist.trainer import Trainer
 from tests.dist.test_resume import OPTIONS, STEPS, resume, train_until
 from tests.s3.epoch import read_epoch
 from tests.support.ranks import run_ranks
-from tests.support.s3 import BUCKET, S3, running_fault_proxy
+from tests.support.s3 import BUCKET, S3, FaultyS3, running_fault_proxy
 from tests.support.s3_runs import assert_equal_tensors, in_environment, program
 from tests.support.synthetic import random_sessions, write_dataset
 from tests.support.training import small_config, train, whole
@@ -88,6 +92,32 @@ def test_training_under_faults_ends_with_the_weights_of_a_run_without(local, tmp
     assert [result[name] for name in ("steps", "valid", "test")] == [
         expected[name] for name in ("steps", "valid", "test")
     ]
+
+
+def train_denied(ranks: Ranks, config: Config, s3: FaultyS3) -> list[str]:
+    """Train while the checkpoint of step 4 cannot be written; returns what was said."""
+    said: list[str] = []
+    Monitor.say = lambda monitor, text: said.append(text)
+    s3.deny_writes("run/checkpoints/step-00000004/__")
+    try:
+        Trainer(config, ranks).train()
+    finally:
+        s3.deny_writes("")
+    return said
+
+
+def test_a_checkpoint_that_s3_refuses_is_reported_and_training_goes_on(local, tmp_path, faulty_s3):
+    remote = _copied(local, faulty_s3, "refused")
+    often = ("max_steps=9", "checkpoint.every_epochs=null", "checkpoint.every_steps=2", "checkpoint.keep_last=9")
+    config = small_config(remote, f"s3://{BUCKET}/refused/run", *often)
+    (said,) = run_ranks(1, in_environment, tmp_path, faulty_s3.environment, train_denied, config, faulty_s3)
+    warnings = [line for line in said if line.startswith("warning")]
+    assert len(warnings) == 1 and "the checkpoint, of step 4, was not written, failure 1 of at most 3" in warnings[0]
+    assert "step-00000004/__0_0.distcp: " in warnings[0] and "\n" not in warnings[0]
+    found = faulty_s3.files().glob(f"{BUCKET}/refused/run/checkpoints/*/commit.json")
+    assert [path.split("/")[-2][-1] for path in sorted(found)] == ["2", "6", "8", "9"]
+    assert not faulty_s3.files().glob(f"{BUCKET}/refused/run/checkpoints/step-00000004/*")
+    assert faulty_s3.faults("refused")["deny"] > 0
 
 
 def test_a_run_on_s3_resumed_in_mid_epoch_ends_bit_equal_to_an_unbroken_one(local, tmp_path, s3):

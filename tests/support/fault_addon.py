@@ -18,24 +18,29 @@ from pathlib import Path
 
 from mitmproxy import http
 
+ACCESS_DENIED = (
+    b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>AccessDenied</Code><Message>injected</Message></Error>'
+)
 SLOW_DOWN = b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>SlowDown</Code><Message>injected</Message></Error>'
 
 
 class Faults:
-    """The settings are JSON: `seed`, `shares` (kind of fault: share of all requests), `stall_seconds`, `log`.
+    """The settings are JSON: `seed`, `shares` (kind of fault: share of all requests), `stall_seconds`, `log`, `denied`.
 
     Kinds: `slow_down` (503 in place of an answer), `drop` (closed before the store sees the request), `truncate`
     (closed in the middle of the answer; where that has no body, before it, when the store has acted), `stall` (the
-    request reaches the store only after a while).
+    request reaches the store only after a while). Besides them, requests that write to a path with the text of the file
+    `denied` in it, if there is one, are refused for good (`deny`).
     """
 
     def __init__(self, settings: dict) -> None:
         self.seed, self.shares, self.stall_seconds = settings["seed"], settings["shares"], settings["stall_seconds"]
+        self._denied = Path(settings["denied"])
         self._log = Path(settings["log"]).open("a", buffering=1)  # noqa: SIM115 (open as long as the proxy)
         self._seen: Counter[str] = Counter()
 
     def requestheaders(self, flow: http.HTTPFlow) -> None:
-        fault = self._choose(flow.request)
+        fault = "deny" if self._is_denied(flow.request) else self._choose(flow.request)
         flow.metadata["fault"] = fault
         asked = {"method": flow.request.method, "path": flow.request.path, "range": flow.request.headers.get("Range")}
         self._log.write(json.dumps({**asked, "fault": fault}) + "\n")
@@ -44,6 +49,8 @@ class Faults:
         fault = flow.metadata["fault"]
         if fault == "slow_down":
             flow.response = http.Response.make(503, SLOW_DOWN, {"Content-Type": "application/xml"})
+        elif fault == "deny":
+            flow.response = http.Response.make(403, ACCESS_DENIED, {"Content-Type": "application/xml"})
         elif fault == "drop":
             flow.kill()
         elif fault == "stall":
@@ -57,6 +64,9 @@ class Faults:
             flow.kill()
         else:
             flow.response.stream = _cut(flow, length // 2)
+
+    def _is_denied(self, request: http.Request) -> bool:
+        return request.method in ("PUT", "POST") and self._denied.exists() and self._denied.read_text() in request.path
 
     def _choose(self, request: http.Request) -> str | None:
         # The store invents the ids of multi-part uploads: they are other ones in every run.

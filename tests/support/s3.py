@@ -61,11 +61,19 @@ class S3:
         )
 
 
+DENIED = "denied"
+
+
 @dataclass(frozen=True)
 class FaultyS3(S3):
     """A server behind the fault proxy; ``log`` holds a JSON line for each request that came by."""
 
     log: Path = Path()
+
+    def deny_writes(self, text: str) -> None:
+        """From now on nothing can be written to paths that ``text`` is in; an empty text lifts it."""
+        denied = self.log.with_name(DENIED)
+        denied.write_text(text) if text else denied.unlink(missing_ok=True)
 
     def requests(self, prefix: str) -> list[dict]:
         """Requests for what is under `BUCKET/prefix`, in their order: `method`, `path`, `range`, `fault` (or None)."""
@@ -110,6 +118,7 @@ def running_fault_proxy(
     with _folder() as folder:
         log = folder / "requests.jsonl"
         settings = {"seed": seed, "shares": dict(shares), "stall_seconds": stall_seconds, "log": str(log)}
+        settings["denied"] = str(folder / DENIED)
         (folder / "faults.json").write_text(json.dumps(settings))
         for attempt in range(1, _START_ATTEMPTS + 1):
             (port,) = free_ports(1)

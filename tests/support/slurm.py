@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -68,9 +68,10 @@ PartitionName=urgent Nodes={names} MaxTime=60 PriorityTier=2 PreemptMode=OFF
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running cluster; everything of it lies in ``folder``."""
+    """A running cluster; everything of it lies in ``folder``, and ``servers`` are its daemons."""
 
     folder: Path
+    servers: list[TetheredServer] = field(default_factory=list)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -82,6 +83,7 @@ class Cluster:
             "LOG_DIR": str(self.folder / "logs"),
             "VENV": "",
             "NPROC_PER_NODE": "1",
+            "NODE_TIMEOUT": "5",
             "OMP_NUM_THREADS": "1",
         }
 
@@ -97,6 +99,22 @@ class Cluster:
         )
         assert finished.returncode == 0, f"{arguments}: {finished.stderr}"
         return finished.stdout
+
+    def start_node(self, node: str) -> None:
+        """Start the daemon of a node."""
+        folder = self.folder
+        as_node = f"hostname {node} && mount --bind {folder}/hosts /etc/hosts && exec slurmd -D -N {node}"
+        command = ["unshare", "--uts", "--mount", "sh", "-c", as_node]
+        self.servers.append(TetheredServer(command, folder / f"slurmd-{node}.log", self.environment))
+
+    def power_off(self, node: str) -> None:
+        """Kill everything that runs on a node at once: its daemon, and what jobs have there."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if _belongs_to(process, self):
+                    is_daemon = process.cmdline()[:1] == ["slurmd"] and node in process.cmdline()
+                    if is_daemon or process.environ().get("SLURMD_NODENAME") == node:
+                        process.kill()
 
     def submit(self, *arguments: object, options: tuple[str, ...] = ()) -> Job:
         """`sbatch` from the folder of train.py.
@@ -182,17 +200,17 @@ def running_cluster() -> Iterator[Cluster]:
     # Not under pytest's folder: sockets must have short names, and munge wants folders that nobody else can write.
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     folder.chmod(0o755)
-    cluster, servers = Cluster(folder), []
+    cluster = Cluster(folder)
     try:
-        servers = _start(cluster)
+        _start(cluster)
         yield cluster
     finally:
-        _stop(cluster, servers)
+        _stop(cluster)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(cluster: Cluster) -> list[TetheredServer]:
-    folder = cluster.folder
+def _start(cluster: Cluster) -> None:
+    folder, servers = cluster.folder, cluster.servers
     for name in ("munge", "state", "logs", *(f"spool-{node}" for node in NODES)):
         (folder / name).mkdir(mode=0o755)
     key = folder / "munge" / "key"
@@ -222,16 +240,13 @@ def _start(cluster: Cluster) -> list[TetheredServer]:
         + [f"--socket={folder}/munge/socket"],
         "slurmctld": ["slurmctld", "-D"],
     }
-    for node in NODES:
-        as_node = f"hostname {node} && mount --bind {folder}/hosts /etc/hosts && exec slurmd -D -N {node}"
-        commands[f"slurmd-{node}"] = ["unshare", "--uts", "--mount", "sh", "-c", as_node]
-    servers = []
     for name, command in commands.items():
         servers.append(TetheredServer(command, folder / f"{name}.log", cluster.environment))
         if name == "munged":
             _wait_until(lambda: (folder / "munge" / "socket").exists(), servers)
+    for node in NODES:
+        cluster.start_node(node)
     _wait_until(lambda: _idle_nodes(cluster) == len(NODES), servers)
-    return servers
 
 
 def _wait_until(ready: Callable[[], bool], servers: list[TetheredServer]) -> None:
@@ -255,14 +270,14 @@ def _idle_nodes(cluster: Cluster) -> int:
     return shown.stdout.split().count("idle")
 
 
-def _stop(cluster: Cluster, servers: list[TetheredServer]) -> None:
+def _stop(cluster: Cluster) -> None:
     # slurmd leaves its jobs running when it ends, and their slurmstepd cannot be told from others.
     with contextlib.suppress(subprocess.SubprocessError, AssertionError):
         cluster.command("scancel", "--user=root")
         deadline = time.monotonic() + 30
         while cluster.command("squeue", "--noheader") and time.monotonic() < deadline:
             time.sleep(0.3)
-    for server in reversed(servers):
+    for server in reversed(cluster.servers):
         server.stop()
     for _ in range(2):
         # A second look for what was just being started.

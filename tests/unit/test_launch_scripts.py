@@ -39,8 +39,10 @@ has_run = os.path.exists(os.environ["CALLS"]) and '"torchrun"' in open(os.enviro
 finished = os.environ.get("FINISHED", "0") if has_run else "3"
 sys.exit(int(os.environ.get("CHECK_STATUS") or (finished if "--finished" in sys.argv else "0")))
 """,
-    # The two nodes of the job are this machine, one after the other.
-    "srun": RECORDER + "import subprocess\ncommand = sys.argv[sys.argv.index('launch/torchrun_node.sh'):]\n"
+    # The two nodes of the job are this machine, one after the other. `srun ... true` asks whether they live.
+    "srun": RECORDER + "import subprocess\n"
+    "if sys.argv[-1] == 'true':\n    sys.exit(int(os.environ.get('PROBE_STATUS', '0')))\n"
+    "command = sys.argv[sys.argv.index('launch/torchrun_node.sh'):]\n"
     "sys.exit(max(subprocess.run(command).returncode for node in range(2)))\n",
     "scontrol": RECORDER
     + """
@@ -322,9 +324,15 @@ def test_job_that_was_requeued_meets_under_another_name(checkout):
     assert {"--rdzv-id=4321-3", "--rdzv-endpoint=n1:29501"} <= set(checkout.calls("torchrun")[0])
 
 
-def test_failure_of_a_node_is_the_jobs_and_is_not_requeued(checkout):
+def test_failure_of_a_rank_is_the_jobs_and_is_not_requeued(checkout):
     assert checkout.sbatch(TORCHRUN_STATUS="7").returncode == 7
     assert ["requeue", "4321"] not in checkout.calls("scontrol")
+
+
+def test_job_whose_ranks_fail_because_a_node_is_gone_is_requeued(checkout):
+    finished = checkout.sbatch(TORCHRUN_STATUS="7", PROBE_STATUS="1")
+    assert checkout.calls("scontrol")[-1] == ["requeue", "4321"]
+    assert "a node was lost (status 7), back into the queue" in finished.stdout
 
 
 def test_job_that_has_finished_is_not_started_again(checkout):

@@ -40,7 +40,7 @@ RECBOLE = $(BIN)/python -c 'from benchmarks.peers import *; print(python(".venv-
 
 test-recbole: .venv/.installed ## run the tests of exchange with RecBole that need RecBole itself (1.2.1, into .venv-recbole)
 	@$(RECBOLE) >/dev/null
-	$(BIN)/python -m pytest -m recbole -s $(ARGS)
+	$(BIN)/python -m pytest -m recbole $(ARGS)
 
 recbole-fixtures: .venv/.installed ## make tests/recbole/fixtures.tar.xz anew, by RecBole itself
 	"$$($(RECBOLE))" tests/recbole/make_fixtures.py

@@ -6,7 +6,7 @@ RUN_DIR := runs/quickstart
 # Ranks share this machine's cores: with OpenMP threads of their own they would spin against each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help quickstart test test-slurm chaos lint bench results clean
+.PHONY: help quickstart test test-slurm test-recbole recbole-fixtures chaos lint bench results clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,7 +24,7 @@ HAS_JAVA = java -version >/dev/null 2>&1
 test: .venv/.installed .venv-mitmproxy/.installed ## run the tests, without root (not those that need a GPU or a SLURM cluster)
 	@$(HAS_JAVA) || [ "$$(id -u)" != 0 ] || { apt-get update -q && apt-get install -y -q --no-install-recommends default-jre-headless; } \
 		|| echo 'no Java could be installed: the tests on Spark will be skipped'
-	$(BIN)/python -m pytest -m "not gpu and not slurm" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slurm and not recbole" $(ARGS)
 
 # The cluster's daemons start jobs as their owners, so only root can run them.
 SLURM_PACKAGES = slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge
@@ -34,6 +34,16 @@ test-slurm: .venv/.installed ## run the tests on a SLURM cluster of four nodes o
 	@{ $(HAS_SLURM); } || [ "$$(id -u)" != 0 ] || { apt-get update -q && apt-get install -y -q --no-install-recommends $(SLURM_PACKAGES); } \
 		|| echo 'no SLURM could be installed: its tests will be skipped'
 	$(BIN)/python -m pytest -m slurm $(ARGS)
+
+# Makes .venv-recbole if it is not there, and prints its interpreter.
+RECBOLE = $(BIN)/python -c 'from benchmarks.peers import *; print(python(".venv-recbole", requirements("recbole-requirements.txt")))'
+
+test-recbole: .venv/.installed ## run the tests of exchange with RecBole that need RecBole itself (1.2.1, into .venv-recbole)
+	@$(RECBOLE) >/dev/null
+	$(BIN)/python -m pytest -m recbole $(ARGS)
+
+recbole-fixtures: .venv/.installed ## make tests/recbole/fixtures.tar.xz anew, by RecBole itself
+	"$$($(RECBOLE))" tests/recbole/make_fixtures.py
 
 chaos: .venv/.installed ## kill processes of a training run at random, 20 times (CHAOS_EVENTS), and compare its end bit by bit
 	CHAOS_EVENTS=$(or $(CHAOS_EVENTS),20) $(BIN)/python -m pytest -m chaos $(ARGS)

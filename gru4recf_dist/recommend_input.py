@@ -13,10 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from gru4recf_dist.data import storage
 from gru4recf_dist.data.blocks import Block
 from gru4recf_dist.data.event_columns import (
     MICROSECONDS,
@@ -27,6 +24,7 @@ from gru4recf_dist.data.event_columns import (
     scaled,
 )
 from gru4recf_dist.data.shard_format import PADDING_ID, Manifest, file_url
+from gru4recf_dist.data.tokens import read_item_tokens, read_tokens
 from gru4recf_dist.errors import UserError
 
 FIRST_VALUE_ID = 2
@@ -69,8 +67,7 @@ class SessionReader:
     """
 
     def __init__(self, data: str, manifest: Manifest, features: Sequence[EventFeature]) -> None:
-        tokens = _read_tokens(file_url(data, manifest.tokens), manifest.items)
-        self.tokens = ["", *tokens]
+        self.tokens = read_item_tokens(data, manifest)
         self.counts = Counts()
         self._ids = {token: number for number, token in enumerate(self.tokens) if number != PADDING_ID}
         self._features, self._known = features, [feature.name for feature in manifest.event_features]
@@ -195,17 +192,6 @@ def _microseconds(value: Any, place: str) -> float:
     return (difference.days * 86400 + difference.seconds) * MICROSECONDS + difference.microseconds
 
 
-def _read_tokens(url: str, expected: int) -> list[str]:
-    # Copied to Arrow's own memory: its threads outlive the read a little, and one that lets go of a Python object while
-    # Python ends aborts the process.
-    content = pa.BufferOutputStream()
-    content.write(storage.read_bytes(url))
-    tokens = pq.read_table(pa.BufferReader(content.getvalue()), columns=["token"])["token"].to_pylist()
-    if len(tokens) != expected:
-        raise UserError(f"{url}: holds {len(tokens)} tokens, the manifest says {expected}")
-    return tokens
-
-
 def _value_ids(url: str, feature: EventFeature) -> dict[str, int]:
-    values = _read_tokens(url, feature.size - FIRST_VALUE_ID)
+    values = read_tokens(url, feature.size - FIRST_VALUE_ID)
     return {value: number for number, value in enumerate(values, start=FIRST_VALUE_ID)}

@@ -6,6 +6,7 @@ import math
 import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -355,7 +356,12 @@ class Trainer:
         self._forget_lost_best()
         self.engine.copy_weights_to(self.model.encoder)
         check_finite(self.progress.step, self.model.encoder, self.model.tables, self.ranks)
-        state = {
+        self.saver.save(self.progress.step, self.engine, self.model.tables, self.state_dict(), is_best)
+        self._window.started += time.perf_counter() - started
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds beside its tensors; JSON types."""
+        return {
             "progress": vars(self.progress),
             "loss_scale": self.step.loss_scale.state_dict(),
             "loader": self.loader.state_dict(),
@@ -365,8 +371,6 @@ class Trainer:
             "features": [vars(spec) for spec in recommender.feature_specs(self.config.model, self.manifest)],
             "event_features": [vars(spec) for spec in recommender.event_specs(self.config.model, self.manifest)],
         }
-        self.saver.save(self.progress.step, self.engine, self.model.tables, state, is_best)
-        self._window.started += time.perf_counter() - started
 
     def _resume(self, newest: int | None) -> None:
         """Go on from the run folder's newest undamaged checkpoint; if there is none, start from ``init_from``."""

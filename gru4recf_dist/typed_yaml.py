@@ -39,6 +39,11 @@ def load(schema: type[Settings], path: str | None, overrides: list[str]) -> Sett
     return _validated(schema, content)
 
 
+def validated(schema: type[Settings], content: dict[str, Any], overrides: list[str]) -> Settings:
+    """As `load`, of values that a program has put together; they may be few, the others are the schema's defaults."""
+    return _validated(schema, _merged(content, overrides, "overrides"))
+
+
 def use_storage(schema: type[BaseModel], overrides: list[str]) -> None:
     """Reach files with what the overrides say of the section `storage`, if they do: nothing else is read.
 

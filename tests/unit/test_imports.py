@@ -18,7 +18,7 @@ BASE = (
     "gru4recf_dist.section",
     "gru4recf_dist.typed_yaml",
 )
-PROGRAMS = ("train", "evaluate", "recommend", "replay")
+PROGRAMS = ("train", "evaluate", "recommend", "replay", "import_recbole")
 RUN_TIME = ("gru4recf_dist.parallel", "gru4recf_dist.data", "gru4recf_dist.model", *BASE)
 
 # Part of the project -> what it may import of ours besides itself. A name stands for the module and all under it.
@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "gru4recf_dist.recommender": ("gru4recf_dist.table", *RUN_TIME),
     "gru4recf_dist.evaluation": ("gru4recf_dist.table", "gru4recf_dist.recommender", *RUN_TIME),
     "gru4recf_dist.planning": RUN_TIME,
+    "gru4recf_dist.recbole": ("gru4recf_dist.data", "gru4recf_dist.model", *BASE),
     "gru4recf_dist.stopping": (),
     "gru4recf_dist.strategies": BASE,
     "gru4recf_dist.broken_steps": ("gru4recf_dist.data", "gru4recf_dist.parallel", *BASE),

@@ -213,6 +213,8 @@ UNTRAINED = [17, 40, 60]
 class FixedModel:
     """Stands for a trained model: the query after an event depends on its item only, so that the truth is plain."""
 
+    event_features = ()
+
     def __init__(self, ranks, broken: str = "", score: str = "dot") -> None:
         rows, self.queries = make_rows(), torch.from_numpy(make_queries(ITEMS + 1, 9))
         self.table = ShardedItemTable(ITEMS + 1, D, ranks, TableConfig(optimizer="sgd"), seed=0)
@@ -226,8 +228,8 @@ class FixedModel:
 
         self.tables, self.candidates = TableGroup({"table": self.table}), _candidates(self.table, score)
 
-    def encode(self, items: torch.Tensor, batch_sizes: torch.Tensor) -> torch.Tensor:
-        assert int(batch_sizes.sum()) == len(items)
+    def encode(self, items: torch.Tensor, batch_sizes: torch.Tensor, events: dict) -> torch.Tensor:
+        assert not events and int(batch_sizes.sum()) == len(items)
         return self.queries[items]
 
 

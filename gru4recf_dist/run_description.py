@@ -73,6 +73,7 @@ def data_report(data: str, manifest: Manifest) -> str:
     features = [
         [feature.name, feature.kind, f"{feature.size:,}", f"{feature.longest:,}"] for feature in manifest.features
     ]
+    of_events = [[feature.name, feature.kind, f"{feature.size:,}"] for feature in manifest.event_features]
     return "\n".join(
         [
             f"**{manifest.name}**: {manifest.items:,} items, {manifest.streams} streams, protocol {manifest.protocol}",
@@ -82,6 +83,10 @@ def data_report(data: str, manifest: Manifest) -> str:
             "Features of the items:",
             "",
             *(_table(["feature", "kind", "size", "most values of an item"], features) if features else ["none"]),
+            "",
+            "Features of the events:",
+            "",
+            *(_table(["feature", "kind", "size"], of_events) if of_events else ["none"]),
             "",
             f"Read from `{data}`.",
         ]

@@ -19,7 +19,7 @@ from gru4recf_dist.data.shard_format import Manifest, file_url, read_manifest, w
 from gru4recf_dist.data.storage_config import StorageConfig
 from gru4recf_dist.data.streams import SessionLoader
 from gru4recf_dist.errors import UserError, exits_cleanly, redacted
-from gru4recf_dist.monitoring import flatten
+from gru4recf_dist.run_description import describe
 from tests.support.synthetic import random_sessions, write_dataset
 
 
@@ -121,10 +121,11 @@ def test_a_wrong_option_is_not_shown(wrong):
     assert "AKIA" not in str(caught.value)
 
 
-def test_settings_that_are_written_have_no_options():
+def test_settings_that_are_written_have_no_options(tmp_path):
     config = configuration.load(None, ["data=x", "run_dir=y", *_overrides(), "storage.attempts=3"])
     recipe = Recipe.model_construct(storage=config.storage)
-    written = [typed_yaml.dump(config), str(flatten(config.model_dump(mode="json"))), repr(config), str(config)]
+    manifest = write_dataset(str(tmp_path), random_sessions(0, 20, 9))
+    written = [typed_yaml.dump(config), str(describe(config, manifest, world=1)), repr(config), str(config)]
     written += [
         str(recipe.model_dump(mode="json", warnings=False)),
         recipe.model_dump_json(warnings=False),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,59 +30,16 @@ from gru4recf_dist.parallel.ranks import Ranks, from_first
 from gru4recf_dist.parallel.replicas import check_replicas
 from gru4recf_dist.parallel.slow_ranks import SlowRanks, ratios
 from gru4recf_dist.parallel.whereabouts import HERE
+from gru4recf_dist.progress import Progress, Window
 from gru4recf_dist.run_description import describe
 from gru4recf_dist.run_folder import check_run_folder
-from gru4recf_dist.schedule import factor, is_plateau
+from gru4recf_dist.schedule import factor
 from gru4recf_dist.shown_metrics import evaluation_scalars, final_names
 from gru4recf_dist.strategies import Phase, phase_of
 from gru4recf_dist.table.negatives import NegativeSampler, read_popularity
 from gru4recf_dist.training_step import MicroBatch, StepResult, TrainingStep
 
 RESULT = "result.json"
-
-
-@dataclass
-class Progress:
-    """Where training is, besides the loader's position; JSON types only.
-
-    Attributes:
-        step: updates made.
-        epoch: of the last of them. The loader's is the next one's: it goes on when it hands over an epoch's last batch.
-        best, evaluations_since_best: early stopping's memory.
-        rate_drops, evaluations_since_drop: the same for `schedule.name: plateau`.
-        sessions_lost: training sessions, each epoch anew, of damaged shards (`loader.on_bad_shard: skip`).
-        skipped_steps: those whose gradients or loss were not finite.
-        broken_in_a_row: of these, the last ones that no smaller loss scale would have helped.
-        evaluation_owed: a signal stopped the run before the evaluation that was due after this step.
-        trained_events, trained_seconds: over all ranks, for the throughput of the whole run.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    best: float | None = None
-    evaluations_since_best: int = 0
-    rate_drops: int = 0
-    evaluations_since_drop: int = 0
-    trained_events: int = 0
-    sessions_lost: int = 0
-    skipped_steps: int = 0
-    broken_in_a_row: int = 0
-    trained_seconds: float = 0.0
-    evaluation_owed: bool = False
-
-
-@dataclass
-class _Window:
-    """Sums over the steps since the last log line."""
-
-    steps: int = 0
-    loss: float = 0.0
-    targets: float = 0.0
-    events: float = 0.0
-    wait_seconds: float = 0.0
-    busy_seconds: float = 0.0
-    traffic: traffic.Traffic = field(default_factory=traffic.Traffic)
-    started: float = field(default_factory=time.perf_counter)
 
 
 class Trainer:
@@ -114,8 +70,7 @@ class Trainer:
         objective = Objective(config, self.model.candidates, sampler)
         self.step = TrainingStep(config, self.model, self.engine, objective, ranks)
         self.evaluator = Evaluator(config, self.manifest, self.popularity, ranks)
-        self.progress, self._window = Progress(), _Window()
-        self._best_before: float | None = None
+        self.progress, self._window = Progress(), Window()
         self.broken_steps = BrokenSteps(config.non_finite, config.run_dir, ranks)
         self._slow_ranks = SlowRanks(config.monitoring.slow_rank_factor, config.monitoring.slow_rank_seconds)
         self._resume(newest)
@@ -164,7 +119,7 @@ class Trainer:
             if self._evaluate():
                 self.checkpoints.mark_best(progress.step)
         finished = progress.step >= self.total_steps or self._out_of_patience()
-        self._window = _Window()
+        self._window = Window()
         while not finished:
             steps, progress.epoch = self.loader.steps_left, self.loader.epoch
             if self._enter_phase() and self.config.training.strategy != "interleaving":
@@ -295,7 +250,7 @@ class Trainer:
         self.saver.show_written()
         shown = {"loss": "train/loss", "events_per_s": "perf/events_per_second", "gib": "perf/peak_memory_gib"}
         self.monitor.advance(**{name: values[key] for name, key in shown.items()}, **figures)
-        self._window = _Window()
+        self._window = Window()
 
     def _evaluation_is_due(self, epoch_ended: bool, last: bool) -> bool:
         settings = self.config.evaluation
@@ -325,15 +280,7 @@ class Trainer:
         name = self.config.early_stopping.metric
         value = metrics["valid"][name]
         self._forget_lost_best()
-        is_best = progress.best is None or value > progress.best
-        if is_best:
-            self._best_before, progress.best = progress.best, value
-        # Patience is for the whole model: it begins when the last subnet has come in.
-        waits = not is_best and self._phase.is_last
-        progress.evaluations_since_best = progress.evaluations_since_best + 1 if waits else 0
-        progress.evaluations_since_drop = progress.evaluations_since_drop + 1 if waits else 0
-        if is_plateau(self.config.schedule, progress.evaluations_since_drop):
-            progress.rate_drops, progress.evaluations_since_drop = progress.rate_drops + 1, 0
+        is_best = progress.evaluated(value, self.config.schedule, self._phase.is_last)
         shown = f"step {progress.step}, epoch {self.loader.epochs_done:.4g}: valid {name} {value:.4f}"
         self.monitor.say(shown + (" (best so far)" if is_best else ""))
         # Time spent here is not the loop's.
@@ -344,7 +291,7 @@ class Trainer:
         """What storage did not take is not the best so far: a later one that is worse may be the best there is."""
         self.saver.wait()
         if self.saver.best_was_lost:
-            self.progress.best, self.saver.best_was_lost = self._best_before, False
+            self.progress.best, self.saver.best_was_lost = self.progress.best_before, False
 
     def _out_of_patience(self) -> bool:
         patience = self.config.early_stopping.patience

@@ -1,0 +1,75 @@
+"""Where a run is: what its checkpoints tell of it, and what its next log line is made from."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from gru4recf_dist.config import ScheduleConfig
+from gru4recf_dist.parallel import traffic
+from gru4recf_dist.schedule import is_plateau
+
+
+@dataclass
+class Progress:
+    """Where training is, besides the loader's position; JSON types only.
+
+    Attributes:
+        step: updates made.
+        epoch: of the last of them. The loader's is the next one's: it goes on when it hands over an epoch's last batch.
+        best, best_before: the best validation figure, and the best one before that.
+        evaluations_since_best: early stopping's memory.
+        rate_drops, evaluations_since_drop: the same for `schedule.name: plateau`.
+        sessions_lost: training sessions, each epoch anew, of damaged shards (`loader.on_bad_shard: skip`).
+        skipped_steps: those whose gradients or loss were not finite.
+        broken_in_a_row: of these, the last ones that no smaller loss scale would have helped.
+        evaluation_owed: a signal stopped the run before the evaluation that was due after this step.
+        trained_events, trained_seconds: over all ranks, for the throughput of the whole run.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    best: float | None = None
+    best_before: float | None = None
+    evaluations_since_best: int = 0
+    rate_drops: int = 0
+    evaluations_since_drop: int = 0
+    trained_events: int = 0
+    sessions_lost: int = 0
+    skipped_steps: int = 0
+    broken_in_a_row: int = 0
+    trained_seconds: float = 0.0
+    evaluation_owed: bool = False
+
+    def evaluated(self, figure: float, schedule: ScheduleConfig, is_last_phase: bool) -> bool:
+        """Take note of a validation figure.
+
+        Args:
+            is_last_phase: whether the whole model is in training; patience begins when its last subnet has come in.
+
+        Returns:
+            whether it is the best so far.
+        """
+        is_best = self.best is None or figure > self.best
+        if is_best:
+            self.best_before, self.best = self.best, figure
+        waits = not is_best and is_last_phase
+        self.evaluations_since_best = self.evaluations_since_best + 1 if waits else 0
+        self.evaluations_since_drop = self.evaluations_since_drop + 1 if waits else 0
+        if is_plateau(schedule, self.evaluations_since_drop):
+            self.rate_drops, self.evaluations_since_drop = self.rate_drops + 1, 0
+        return is_best
+
+
+@dataclass
+class Window:
+    """Sums over the steps since the last log line; ``busy_seconds`` are those not spent waiting for other ranks."""
+
+    steps: int = 0
+    loss: float = 0.0
+    targets: float = 0.0
+    events: float = 0.0
+    wait_seconds: float = 0.0
+    busy_seconds: float = 0.0
+    traffic: traffic.Traffic = field(default_factory=traffic.Traffic)
+    started: float = field(default_factory=time.perf_counter)

@@ -274,6 +274,9 @@ class EarlyStoppingConfig(Section):
     """Stop after ``patience`` evaluations in a row without a better ``metric``; null: never."""
 
     metric: str = "ndcg@10"
+    window: PositiveInt = Field(
+        1, description="evaluations whose mean is compared: with few validation sessions a single one may be luck"
+    )
     patience: PositiveInt | None = 10
 
 

@@ -17,7 +17,8 @@ class Progress:
     Attributes:
         step: updates made.
         epoch: of the last of them. The loader's is the next one's: it goes on when it hands over an epoch's last batch.
-        best, best_before: the best validation figure, and the best one before that.
+        recent: the last validation figures, as many as are compared together.
+        best, best_before: the best mean of them so far, and the best one before that.
         evaluations_since_best: early stopping's memory.
         rate_drops, evaluations_since_drop: the same for `schedule.name: plateau`.
         sessions_lost: training sessions, each epoch anew, of damaged shards (`loader.on_bad_shard: skip`).
@@ -29,6 +30,7 @@ class Progress:
 
     step: int = 0
     epoch: int = 0
+    recent: list[float] = field(default_factory=list)
     best: float | None = None
     best_before: float | None = None
     evaluations_since_best: int = 0
@@ -41,18 +43,21 @@ class Progress:
     trained_seconds: float = 0.0
     evaluation_owed: bool = False
 
-    def evaluated(self, figure: float, schedule: ScheduleConfig, is_last_phase: bool) -> bool:
+    def evaluated(self, figure: float, window: int, schedule: ScheduleConfig, is_last_phase: bool) -> bool:
         """Take note of a validation figure.
 
         Args:
+            window: `early_stopping.window`.
             is_last_phase: whether the whole model is in training; patience begins when its last subnet has come in.
 
         Returns:
             whether it is the best so far.
         """
-        is_best = self.best is None or figure > self.best
+        self.recent = [*self.recent, figure][-window:]
+        mean = sum(self.recent) / len(self.recent)
+        is_best = self.best is None or mean > self.best
         if is_best:
-            self.best_before, self.best = self.best, figure
+            self.best_before, self.best = self.best, mean
         waits = not is_best and is_last_phase
         self.evaluations_since_best = self.evaluations_since_best + 1 if waits else 0
         self.evaluations_since_drop = self.evaluations_since_drop + 1 if waits else 0

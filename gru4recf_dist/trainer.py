@@ -280,7 +280,9 @@ class Trainer:
         name = self.config.early_stopping.metric
         value = metrics["valid"][name]
         self._forget_lost_best()
-        is_best = progress.evaluated(value, self.config.schedule, self._phase.is_last)
+        is_best = progress.evaluated(
+            value, self.config.early_stopping.window, self.config.schedule, self._phase.is_last
+        )
         shown = f"step {progress.step}, epoch {self.loader.epochs_done:.4g}: valid {name} {value:.4f}"
         self.monitor.say(shown + (" (best so far)" if is_best else ""))
         # Time spent here is not the loop's.

@@ -115,8 +115,15 @@ class RollCall:
 
 
 def missing(positions: Sequence[Position | None], mine: Position) -> list[int]:
-    """The ranks that have begun fewer collectives than one that waits; None is a rank that was never heard of."""
-    return [rank for rank, each in enumerate(positions) if each is None or each.calls < mine.calls]
+    """The ranks that have begun fewer collectives than one that waits; None is a rank that was never heard of.
+
+    Those of them that wait in one themselves are left out, but for the last of all: in an exchange a rank may have got
+    all that it needs and gone on, while another still waits for the one that is missing.
+    """
+    late = {rank: each for rank, each in enumerate(positions) if each is None or each.calls < mine.calls}
+    calls = {rank: -1 if each is None else each.calls for rank, each in late.items()}
+    last = min(calls.values(), default=0)
+    return [rank for rank, each in late.items() if calls[rank] == last or each.waiting_in is None]
 
 
 def describe(late: list[int], positions: Sequence[Position | None], mine: Position, silent_after: float) -> str:

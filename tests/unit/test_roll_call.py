@@ -28,6 +28,14 @@ def test_those_that_began_fewer_collectives_are_missing():
     )
 
 
+def test_a_rank_that_waits_for_the_missing_one_is_not_missing_itself():
+    mine = position(9, "forward", "negatives")
+    waits, hangs, is_slow = position(8, "forward", "rows"), position(7, "forward", "rows"), position(8, "reading")
+    assert missing([waits, hangs, mine], mine) == [1]
+    assert missing([waits, hangs, mine, is_slow], mine) == [1, 3]
+    assert missing([waits, hangs, mine], waits) == [1]
+
+
 def test_where_all_are_in_the_same_collective_nobody_is_blamed():
     mine = position(8, "backward", "rows")
     assert missing([mine, mine], mine) == []

@@ -121,8 +121,10 @@ def node_lost(run: Run) -> Job:
     job = run.submit("n[3-4]")
     job.wait_for(run.is_under_way)
     run.cluster.power_off("n4")
-    # The controller misses its daemon after a while, and requeues the job; it waits until the node is there again.
+    # The ranks on the other node fail at once; the controller misses the daemon only after a while.
     job.wait_for(lambda: job.show("Restarts") == "1")
+    # Before that, what it still wants to end on the node would meet the job's next attempt there.
+    job.wait_for(lambda: run.cluster.node_state("n4").startswith("down"))
     run.cluster.start_node("n4")
     job.wait()
     return job

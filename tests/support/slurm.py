@@ -100,6 +100,10 @@ class Cluster:
         assert finished.returncode == 0, f"{arguments}: {finished.stderr}"
         return finished.stdout
 
+    def node_state(self, node: str) -> str:
+        """As `sinfo` shows it: `idle`, `alloc`, `down*`, ..."""
+        return self.command("sinfo", "--noheader", "--partition=main", f"--nodes={node}", "--format=%t").strip()
+
     def start_node(self, node: str) -> None:
         """Start the daemon of a node."""
         folder = self.folder

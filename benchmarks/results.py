@@ -175,21 +175,24 @@ def _section(data: str, root: str) -> str:
     headings = ["", *(heading for _, _, heading in columns), "epochs", "seeds"]
     lines = [headings, ["---"] * len(headings)]
     baselines: dict | None = None
+    missing = []
     for experiment in (each for each in EXPERIMENTS if each.data == data):
         results = list(_results(experiment, root))
-        cells = ["-"] * (len(columns) + 1)
-        if results:
-            baselines = baselines or results[0].get("baselines")
-            cells = [_cell([result[split][metric] for result in results]) for split, metric, _ in columns]
-            cells.append(_epochs(results))
-        lines.append([f"`{experiment.name}`", *cells, f"{len(results)} of {len(experiment.seeds)}"])
+        if not results:
+            missing.append(f"`{experiment.name}`")
+            continue
+        baselines = baselines or results[0].get("baselines")
+        cells = [_cell([result[split][metric] for result in results]) for split, metric, _ in columns]
+        seeds = f"{len(results)} of {len(experiment.seeds)}"
+        lines.append([f"`{experiment.name}`", *cells, _epochs(results), seeds])
     for name in ("popularity", "markov") if baselines else ():
         of_split = {"test": baselines[name], "test_excluding_seen": baselines[f"{name}_excluding_seen"]}
         shown = [f"{of_split[split][metric]:.4f}" for split, metric, _ in columns]
         lines.append([{"markov": "first-order Markov chain"}.get(name, name), *shown, "", "baseline"])
     for name, figures in PUBLISHED[data]:
         lines.append([name, *("-" if figure is None else f"{figure:.4f}" for figure in figures), "", "published"])
-    return f"\n## {data}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"\n## {data}\n\n{table}" + (f"\nNot trained yet: {', '.join(missing)}.\n" if missing else "")
 
 
 def _results(experiment: Experiment, root: str) -> Iterator[dict]:

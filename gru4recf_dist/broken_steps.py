@@ -25,26 +25,19 @@ KEPT_BATCHES = 16
 
 
 class BrokenSteps:
-    """Decides, and keeps the batches.
-
-    Attributes:
-        in_a_row: broken steps since the last good one.
-    """
+    """Decides, and keeps the batches."""
 
     def __init__(self, config: NonFiniteConfig, run_dir: str, ranks: Ranks) -> None:
         self._config, self._run_dir, self._ranks = config, run_dir, ranks
-        self.in_a_row = self._kept = 0
+        self._kept = 0
 
-    def good(self) -> None:
-        """A step went well."""
-        self.in_a_row = 0
-
-    def broken(self, step: int, batches: list[PackedBatch], names: list[str]) -> str:
+    def broken(self, step: int, batches: list[PackedBatch], names: list[str], in_a_row: int) -> str:
         """Deal with a broken step; all ranks must call it alike.
 
         Args:
             batches: what this rank worked on.
             names: of what is not finite on this rank.
+            in_a_row: broken steps since the last good one, with this one.
 
         Returns:
             what is to be said, if the run goes on.
@@ -52,38 +45,30 @@ class BrokenSteps:
         Raises:
             UserError: it does not.
         """
-        self.in_a_row += 1
-        kept = self._keep(step, batches)
-        found = from_each(self._ranks, lambda: (names, kept()))
+        folder = storage.join(self._run_dir, f"{FOLDER}/step-{step}")
+        self._kept += 1
+        found = from_each(self._ranks, lambda: (names, self._save(folder, batches)))
         shown = "; ".join(f"rank {rank}: {_listed(each)}" for rank, (each, _) in enumerate(found) if each)
         failed = [error for _, error in found if error]
-        where = f"the batch was not saved ({failed[0]})" if failed else f"the batch: {self._folder(step)}"
+        where = f"the batch was not saved ({failed[0]})" if failed else f"the batch: {folder}"
         text = f"step {step}: loss or gradients are not finite ({shown}); nothing was updated; {where}"
         if self._config.policy == "stop":
             raise UserError(
                 f"{text}. Try lower optimizer.lr and table.lr, or optimizer.clip, or non_finite.policy=skip"
             )
-        if self.in_a_row > self._config.max_skips:
+        if in_a_row > self._config.max_skips:
             raise UserError(f"{text}. {self._config.max_skips} in a row before it were skipped (non_finite.max_skips)")
-        return f"warning: {text}. Skipped, {self.in_a_row} of at most {self._config.max_skips} in a row"
+        return f"warning: {text}. Skipped, {in_a_row} of at most {self._config.max_skips} in a row"
 
-    def _folder(self, step: int) -> str:
-        return storage.join(self._run_dir, f"{FOLDER}/step-{step}")
-
-    def _keep(self, step: int, batches: list[PackedBatch]):
-        """A function that saves; it returns why it could not, and raises nothing: the cause must not get lost."""
-        self._kept += 1
-
-        def save() -> str | None:
-            if self._kept > KEPT_BATCHES:
-                return f"{KEPT_BATCHES} were"
-            try:
-                save_batches(self._folder(step), self._ranks, batches)
-            except (OSError, UserError) as error:
-                return storage.first_line(error)
-            return None
-
-        return save
+    def _save(self, folder: str, batches: list[PackedBatch]) -> str | None:
+        """Why this rank's part could not be saved; raises nothing: what broke the step must not get lost."""
+        if self._kept > KEPT_BATCHES:
+            return f"{KEPT_BATCHES} were"
+        try:
+            save_batches(folder, self._ranks, batches)
+        except (OSError, UserError) as error:
+            return storage.first_line(error)
+        return None
 
 
 def save_batches(folder: str, ranks: Ranks, batches: list[PackedBatch]) -> None:

@@ -187,11 +187,11 @@ class Trainer:
         progress.trained_events += int(done.events)
         progress.sessions_lost += int(done.sessions_lost)
         progress.skipped_steps += not done.updated
-        if done.broken is None:
-            self.broken_steps.good()
-        else:
-            self.monitor.say(self.broken_steps.broken(progress.step, [batch.packed for batch in batches], done.broken))
-        progress.broken_in_a_row = self.broken_steps.in_a_row
+        progress.broken_in_a_row = 0 if done.broken is None else progress.broken_in_a_row + 1
+        if done.broken is not None:
+            packed = [batch.packed for batch in batches]
+            said = self.broken_steps.broken(progress.step, packed, done.broken, progress.broken_in_a_row)
+            self.monitor.say(said)
         check_steps = self.config.monitoring.replica_check_steps
         if check_steps is not None and progress.step % check_steps == 0:
             check_replicas(progress.step, self.engine.module, self.ranks)
@@ -222,6 +222,7 @@ class Trainer:
         seconds = time.perf_counter() - window.started
         figures = {f"{self.config.engine.name}/{name}": value for name, value in self.engine.figures().items()}
         table_norm = collectives.sum_over_ranks(done.table_squared_norm.clone(), self.ranks.table).sqrt()
+        of_ranks = collectives.gather_vector(np.append(window.traffic.vector(), window.busy_seconds), self.ranks.host)
         values = {
             "train/loss": window.loss / max(window.targets, 1.0),
             "train/lr": self._learning_rate,
@@ -232,7 +233,7 @@ class Trainer:
             "perf/step_seconds": seconds / window.steps,
             "data/wait_share": window.wait_seconds / seconds,
             "perf/peak_memory_gib": peak_memory_gib(self.ranks),
-            **traffic.summary(collectives.gather_vector(window.traffic.vector(), self.ranks.host), window.steps),
+            **traffic.summary(of_ranks[:, :-1], window.steps),
             **{f"perf/{name}": value for name, value in figures.items()},
         }
         if self.config.loader.on_bad_shard == "skip":
@@ -242,7 +243,7 @@ class Trainer:
         if self.config.precision == "fp16" or self.config.non_finite.policy == "skip":
             values["train/skipped_steps"] = self.progress.skipped_steps
         if self.ranks.world > 1:
-            busy = collectives.gather_vector(np.array([window.busy_seconds]), self.ranks.host)[:, 0]
+            busy = of_ranks[:, -1]
             values["perf/slowest_rank"] = float(ratios(busy).max())
             for line in self._slow_ranks.look(busy, seconds):
                 self.monitor.say(line)
@@ -331,7 +332,6 @@ class Trainer:
                     "made with; choose another run_dir"
                 )
             self.progress = Progress(**state["progress"])
-            self.broken_steps.in_a_row = self.progress.broken_in_a_row
             self.step.loss_scale.load_state_dict(state.get("loss_scale", {}))
             self.loader.load_state_dict(state["loader"])
         elif self.config.init_from is not None:

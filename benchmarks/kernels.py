@@ -21,7 +21,7 @@ import torch
 from benchmarks.measuring import print_table
 from gru4recf_dist.config import Config, ModelConfig
 from gru4recf_dist.data.batches import packed_positions
-from gru4recf_dist.evaluation.ranking import count_above, default_tile_rows
+from gru4recf_dist.evaluation import ranking
 from gru4recf_dist.model.encoder import SessionEncoder
 from gru4recf_dist.model.features import FeatureSpec
 from gru4recf_dist.model.losses import NOTHING, sampled_softmax
@@ -122,22 +122,22 @@ def _both(arguments, lengths: np.ndarray, events: int) -> tuple[Callable[[], obj
 
 
 def _counting(arguments) -> tuple[Callable[[], object], float]:
-    """The evaluator's loop over the items, for as many targets as an evaluation batch has."""
+    """The evaluator's loop over the items, for as many targets as it counts together."""
     evaluation = Config(data="-", run_dir="-").evaluation
     ranks = process_ranks.start("cpu", timeout_seconds=60)
     process_ranks.stop()
     table = ShardedItemTable(
         arguments.items + 1, arguments.dim, ranks, Config(data="-", run_dir="-").table, seed=0, training=False
     )
-    count = evaluation.batch_sessions
+    count = ranking.QUERIES
     queries, targets = torch.randn(count, arguments.dim), torch.randint(1, arguments.items + 1, (count,))
     scores = (queries.double() * table.weight[targets].double()).sum(dim=1)
 
     candidates = Candidates([CandidatePart(table, "dot")])
-    tile_rows = default_tile_rows(queries.device, arguments.dim)
+    tile_rows = ranking.default_tile_rows(queries.device)
 
     def work() -> torch.Tensor:
-        return count_above(queries, targets, scores, candidates, tile_rows, evaluation.ties)
+        return ranking.count_above(queries, targets, scores, candidates, tile_rows, evaluation.ties)
 
     return work, 2.0 * count * arguments.items * arguments.dim
 

@@ -25,13 +25,26 @@ from gru4recf_dist.table.table_group import TableGroup
 
 @dataclass(frozen=True)
 class _Queries:
-    """The queries of one round, of all ranks, the same on each: Q of them."""
+    """Queries of all ranks, the same on each: Q of them."""
 
     vectors: torch.Tensor
     targets: torch.Tensor
     target_scores: torch.Tensor
     seen_query: torch.Tensor
     seen_item: torch.Tensor
+
+    @classmethod
+    def join(cls, parts: list[_Queries]) -> _Queries:
+        """Of several rounds, one after the other."""
+        before = np.cumsum([0, *(len(part.targets) for part in parts)])
+        seen_query = [part.seen_query + int(start) for part, start in zip(parts, before, strict=False)]
+        return cls(
+            vectors=torch.cat([part.vectors for part in parts]),
+            targets=torch.cat([part.targets for part in parts]),
+            target_scores=torch.cat([part.target_scores for part in parts]),
+            seen_query=torch.cat(seen_query),
+            seen_item=torch.cat([part.seen_item for part in parts]),
+        )
 
 
 class Evaluator:
@@ -69,7 +82,9 @@ class Evaluator:
             self.ranks.world,
             self.config.loader.on_bad_shard,
         )
-        for _ in range(self._rounds(split)):
+        waiting: list[_Queries] = []
+        rounds = self._rounds(split)
+        for number in range(1, rounds + 1):
             block = next(batches, None) or concatenate([])
             sessions_lost += int(np.count_nonzero(block.lengths == 0))
             batch = pack_queries(
@@ -79,7 +94,11 @@ class Evaluator:
                 every_position=self.protocol == "every_position",
                 event_features=model.event_features,
             )
-            queries = self._gather(model, batch)
+            waiting.append(self._gather(model, batch))
+            # The table's rows are gone through once for many queries.
+            if number < rounds and sum(len(each.targets) for each in waiting) < ranking.QUERIES:
+                continue
+            queries, waiting = _Queries.join(waiting), []
             # The same scores on every rank, so all of them stop together.
             if not bool(queries.target_scores.isfinite().all()):
                 raise _diverged()
@@ -139,7 +158,7 @@ class Evaluator:
         settings, candidates = self.config.evaluation, model.candidates
         targets = queries.targets.to(self.ranks.device)
         common = (queries.vectors, targets, queries.target_scores)
-        tile_rows = settings.tile_rows or ranking.default_tile_rows(self.ranks.device, candidates.dim)
+        tile_rows = settings.tile_rows or ranking.default_tile_rows(self.ranks.device)
         above = ranking.count_above(*common, candidates, tile_rows, settings.ties)
         seen = ranking.count_seen_above(
             *common,

@@ -12,6 +12,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from gru4recf_dist.table.candidates import Candidates
@@ -19,21 +20,28 @@ from gru4recf_dist.table.candidates import Candidates
 # Pairs that are scored in float64, and float32 scores of a tile, at a time: both bound the memory.
 _PAIRS = 1 << 17
 _SCORES = 1 << 23
-# Rows of a tile on a GPU, which hides their cost only if there are many; also float32's bound for counting in it.
+# Rows of a tile on a GPU, which hides their cost only if there are many.
 _GPU_TILE_ROWS = 1 << 16
 _L2_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
-_USUAL_QUERIES = 256
+# Queries that are scored together at most on the CPU. With fewer, reading and preparing a tile's rows weighs more.
+QUERIES = 1024
+# Rows whose flags are counted together: at most 255, as eight counts of a byte each are added in one int64.
+_BLOCK = 128
+_BYTES = 8
 
 
 @cache
-def default_tile_rows(device: torch.device, dim: int) -> int:
-    """Table rows that are scored at a time, where none are set: on the CPU their scores and they stay in the cache."""
+def default_tile_rows(device: torch.device) -> int:
+    """Table rows that are scored at a time, where none are set.
+
+    On the CPU as many as make the scores of `QUERIES` take four times the L2 cache: smaller tiles cost more calls than
+    they gain by the cache (measured by `benchmarks.kernels`).
+    """
     if device.type == "cuda":
         return _GPU_TILE_ROWS
     text = _L2_SIZE.read_text().strip() if _L2_SIZE.exists() else "1024K"
     bytes_ = int(text.removesuffix("K")) * 1024 if text.removesuffix("K").isdigit() else 1 << 20
-    # A tile's rows and the scores of a batch of queries, or half of them: smaller tiles cost more calls than they gain.
-    return max(256, 2 * bytes_ // (4 * (dim + _USUAL_QUERIES)))
+    return min(max(4 * bytes_ // (4 * QUERIES), 4 * _BLOCK), 32 * _BLOCK)
 
 
 def count_above(
@@ -54,39 +62,77 @@ def count_above(
     """
     count = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     # [tile, queries] scores exist at a time: as many queries as keep that within bounds.
-    block = min(max(1, _SCORES // tile_rows), max(1, len(queries)))
-    scores, flags = (queries.new_empty(tile_rows, block) for _ in range(2))
-    norms = queries.double().norm(dim=1)
+    size = max(_BYTES, min(QUERIES, len(queries), _SCORES // tile_rows))
+    tile = _ScoredTile(tile_rows, size, queries.device)
+    compared, farthest = _less_targets(queries, target_scores)
+    # A column of ones meets the targets' scores.
+    extended = queries.new_ones(tile_rows, queries.shape[1] + 1)
     error = relative_error(queries.shape[1], candidates.score)
     unsure = _UnsurePairs(queries, targets, target_scores, candidates, ties)
     for first, rows in candidates.tiles(tile_rows):
-        margin = norms * (rows.norm(dim=1).max().double() * error)
-        low, high = _round_down(target_scores - margin), _round_up(target_scores + margin)
-        for start in range(0, len(queries), block):
-            part = slice(start, start + block)
-            used = (slice(0, len(rows)), slice(0, len(queries[part])))
-            torch.mm(rows, queries[part].T, out=scores[used])
-            sure, row, query = _sort_out(scores[used], flags[used], low[part], high[part])
+        extended[: len(rows), :-1] = rows
+        margin = error * (float(rows.norm(dim=1).max()) + farthest)
+        for start in range(0, len(queries), size):
+            part = slice(start, start + size)
+            sure, row, query = tile.sort_out(extended[: len(rows)], compared[part], margin)
             count[part] += sure
             unsure.add(query + start, row + first)
     return count + unsure.count()
 
 
-def _sort_out(
-    scores: torch.Tensor, flags: torch.Tensor, low: torch.Tensor, high: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per query, how many of the scores [n, Q] are above ``high`` [Q]; and the pairs (row, query) in between.
+def _less_targets(queries: torch.Tensor, target_scores: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Queries [Q, D + 1] whose product with a row and a 1 is (score - target's score) / |query|.
 
-    ``flags`` is memory of the scores' shape and type: comparisons as floats are summed several times faster than
-    as bools, and exactly, as tiles have fewer than 2^24 rows.
+    So one number separates what is above from what is below, for all queries. Also: the largest last column.
     """
-    sure = torch.gt(scores, high, out=flags).sum(dim=0)
-    possible = torch.ge(scores, low, out=flags).sum(dim=0)
-    # Most queries have nothing near their target's score in most tiles.
-    unsure = torch.nonzero(possible > sure).squeeze(1)
-    near = scores.index_select(1, unsure)
-    row, query = torch.nonzero((near >= low[unsure]) & (near <= high[unsure]), as_tuple=True)
-    return sure.to(torch.int64), row, unsure[query]
+    norms = queries.double().norm(dim=1, keepdim=True)
+    norms = norms.where(norms > 0, 1.0)
+    compared = (torch.cat([queries, -target_scores[:, None]], dim=1) / norms).float()
+    return compared, float(compared[:, -1].abs().max()) if len(compared) else 0.0
+
+
+class _ScoredTile:
+    """Scores of up to ``rows`` rows and ``queries`` queries, and flags which of them are beyond a bound."""
+
+    def __init__(self, rows: int, queries: int, device: torch.device) -> None:
+        shape = (_rounded_up(rows, _BLOCK), _rounded_up(queries, _BYTES))
+        # What no product is written to is above nothing.
+        self._scores = torch.full(shape, -torch.inf, device=device)
+        self._flags = torch.empty(shape, dtype=torch.bool, device=device)
+        self._blocks = (shape[0] // _BLOCK, _BLOCK, -1)
+
+    def sort_out(
+        self, rows: torch.Tensor, queries: torch.Tensor, margin: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Per query, how many of the products are above ``margin``; and the pairs (row, query) within it.
+
+        Args:
+            rows: float32 [n, D + 1].
+            queries: float32 [Q, D + 1].
+        """
+        self._scores[len(rows) :] = -torch.inf
+        self._scores[:, len(queries) :] = -torch.inf
+        torch.mm(rows, queries.T, out=self._scores[: len(rows), : len(queries)])
+        above = float(np.nextafter(np.float32(margin), np.float32(np.inf)))
+        sure, possible = self._count("greater", above), self._count("greater_equal", -above)
+        # Most queries have nothing near their target's score in most blocks.
+        block, query = torch.nonzero(possible != sure, as_tuple=True)
+        near = self._scores.view(self._blocks)[block, :, query]
+        pair, row = torch.nonzero(near.abs() <= above, as_tuple=True)
+        return sure.sum(dim=0)[: len(queries)], block[pair] * _BLOCK + row, query[pair]
+
+    def _count(self, comparison: str, bound: float) -> torch.Tensor:
+        """How many scores of each block and query compare so with ``bound``; uint8 [blocks, queries]."""
+        if self._scores.is_cuda:
+            getattr(torch, comparison)(self._scores, bound, out=self._flags)
+        else:
+            # Several times faster than torch's comparisons, which are not vectorised where they give bytes.
+            getattr(np, comparison)(self._scores.numpy(), np.float32(bound), out=self._flags.numpy())
+        return self._flags.view(torch.int64).view(self._blocks).sum(dim=1).view(torch.uint8)
+
+
+def _rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 class _UnsurePairs:
@@ -165,13 +211,3 @@ def relative_error(dim: int, score: str) -> float:
     """
     terms = dim + 8 if score == "dot" else 2 * dim + 16
     return terms * 2.0**-24
-
-
-def _round_up(values: torch.Tensor) -> torch.Tensor:
-    """float64 -> a float32 that is not smaller."""
-    return torch.nextafter(values.float(), torch.tensor(torch.inf, device=values.device))
-
-
-def _round_down(values: torch.Tensor) -> torch.Tensor:
-    """float64 -> a float32 that is not greater."""
-    return torch.nextafter(values.float(), torch.tensor(-torch.inf, device=values.device))

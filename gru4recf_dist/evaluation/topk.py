@@ -38,7 +38,7 @@ def top_k(
     """
     if exclude_query is None or exclude_item is None:
         exclude_query = exclude_item = torch.empty(0, dtype=torch.int64, device=queries.device)
-    tile_rows = tile_rows or default_tile_rows(queries.device, candidates.dim)
+    tile_rows = tile_rows or default_tile_rows(queries.device)
     ids, scores = _local_top_k(queries, k, candidates, tile_rows, exclude_query, exclude_item)
     group, world = candidates.ranks.table, candidates.ranks.world
     counts = [len(queries)] * world

@@ -17,6 +17,7 @@ from gru4recf_dist import recommender
 from gru4recf_dist.config import Config, ModelConfig, TableConfig
 from gru4recf_dist.data.shard_format import read_manifest
 from gru4recf_dist.errors import UserError
+from gru4recf_dist.evaluation import ranking
 from gru4recf_dist.evaluation.evaluator import Evaluator
 from gru4recf_dist.evaluation.ranking import count_above, count_seen_above
 from gru4recf_dist.model.features import FeatureSpec
@@ -292,6 +293,8 @@ def _evaluate_fixed(ranks, data: str) -> dict[tuple, dict]:
 
 def _evaluate_real(ranks, data: str) -> tuple[dict, dict | None]:
     """Metrics of a freshly built model by protocol, and at one rank its weights."""
+    # In several goes, of several rounds each.
+    ranking.QUERIES = 9
     manifest = read_manifest(data)
     config = _config(data, seed=4, model={"embedding_size": D, "hidden_size": 10}, evaluation={"tile_rows": 7})
     model = recommender.build(config, manifest, ranks)

@@ -11,7 +11,7 @@ from gru4recf_dist.data import columns
 from gru4recf_dist.data.batches import pack_queries
 from gru4recf_dist.data.shard_format import Manifest
 from gru4recf_dist.data.shards import read_blocks
-from gru4recf_dist.evaluation.metrics import expected_over_ties
+from gru4recf_dist.evaluation.metrics import ExpectedOverTies
 from gru4recf_dist.evaluation.sessions import read_batches
 from gru4recf_dist.table.negatives import distinct_counts
 
@@ -86,15 +86,19 @@ def evaluate_baselines(
     protocol: str,
     ks: list[int],
     on_bad_shard: str = "fail",
+    batch_sessions: int = 1024,
 ) -> dict[str, dict[str, float]]:
     """Metrics of the baselines on a split, with the same targets and misses as the model's.
+
+    Args:
+        batch_sessions: sessions that are in memory at a time; no metric depends on it.
 
     Returns:
         by name: ``popularity``, ``markov``, and both with the suffix ``_excluding_seen``.
     """
     baselines = {"popularity": Popularity(popularity), "markov": MarkovChain(data, manifest, on_bad_shard)}
-    parts: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
-    for block in read_batches(data, manifest, split, batch_sessions=1024, on_bad_shard=on_bad_shard):
+    expected = {f"{name}{suffix}": ExpectedOverTies(ks) for name in baselines for suffix in ("", "_excluding_seen")}
+    for block in read_batches(data, manifest, split, batch_sessions, on_bad_shard=on_bad_shard):
         # The history is never cut here: a baseline sees what the session holds.
         longest = max(int(block.lengths.max()), 2)
         batch = pack_queries(block, longest, context=0, every_position=protocol == "every_position")
@@ -105,14 +109,11 @@ def evaluate_baselines(
         for name, baseline in baselines.items():
             scores = baseline.scores(last, targets)
             above, tied = baseline.above_and_tied(last, scores)
-            parts.setdefault(name, []).append((above, tied, trained))
+            expected[name].add(above, tied, trained)
             seen_scores = baseline.scores(last[query], seen)
             better = np.bincount(query[seen_scores > scores[query]], minlength=len(targets))
             equal = np.bincount(query[seen_scores == scores[query]], minlength=len(targets))
             # Where the target itself was seen it is a miss, and its tie may be left empty.
             rest = np.maximum(tied - equal, 1)
-            parts.setdefault(f"{name}_excluding_seen", []).append((above - better, rest, trained & ~repeated))
-    return {
-        name: expected_over_ties(*(np.concatenate(column) for column in zip(*chunks, strict=True)), ks)
-        for name, chunks in parts.items()
-    }
+            expected[f"{name}_excluding_seen"].add(above - better, rest, trained & ~repeated)
+    return {name: sums.metrics() for name, sums in expected.items()}

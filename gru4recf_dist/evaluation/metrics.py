@@ -53,24 +53,47 @@ def from_gains(gains: dict[str, np.ndarray], total: int, ks: list[int]) -> dict[
     return result
 
 
-def expected_over_ties(above: np.ndarray, tied: np.ndarray, found: np.ndarray, ks: list[int]) -> dict[str, float]:
-    """Metrics expected when the order within every tie is drawn at random.
+class ExpectedOverTies:
+    """Metrics expected when the order within every tie is drawn at random, summed up block by block.
 
     A target with ``above`` items above it and ``tied`` of its own score, itself included, has each of the ranks
-    above+1 .. above+tied with the same probability.
-
-    Args:
-        above, tied: int64 [Q].
-        found: bool [Q]; False for a miss.
+    above+1 .. above+tied with the same probability. What is kept is a number a metric and k, whatever the number of
+    targets; the result is the same to the last digit however these are divided into blocks.
     """
-    deepest = max(ks)
-    ranks = np.arange(1, deepest + 1, dtype=np.float64)
-    gains = {}
-    for name, gain in {"hit": np.ones(deepest), "ndcg": 1.0 / np.log2(ranks + 1.0), "mrr": 1.0 / ranks}.items():
-        summed = np.concatenate([[0.0], np.cumsum(gain)])
-        by_k = np.zeros(deepest)
-        for k in set(ks):
+
+    # A target's gain is at most 1. It is rounded to a multiple of 2**-62, less than a float64 of 1/512 or more is, and
+    # summed as an integer, since the sum of integers does not depend on their order.
+    _BITS, _HALF = 62, 31
+
+    def __init__(self, ks: list[int]) -> None:
+        self._ks, self._total = sorted(set(ks)), 0
+        ranks = np.arange(1, self._ks[-1] + 1, dtype=np.float64)
+        gains = {"hit": np.ones(len(ranks)), "ndcg": 1.0 / np.log2(ranks + 1.0), "mrr": 1.0 / ranks}
+        self._summed = {name: np.concatenate([[0.0], np.cumsum(gain)]) for name, gain in gains.items()}
+        self._units = {name: dict.fromkeys(self._ks, 0) for name in gains}
+
+    def add(self, above: np.ndarray, tied: np.ndarray, found: np.ndarray) -> None:
+        """Count targets.
+
+        Args:
+            above, tied: int64 [Q].
+            found: bool [Q]; False for a miss, whatever its numbers.
+        """
+        self._total += len(above)
+        above, tied = above[found], tied[found]
+        for k in self._ks:
             low, high = np.minimum(above, k), np.minimum(above + tied, k)
-            by_k[k - 1] = ((summed[high] - summed[low]) / tied)[found].sum()
-        gains[name] = by_k
-    return from_gains(gains, len(above), ks)
+            for name, summed in self._summed.items():
+                units = np.rint((summed[high] - summed[low]) / tied * 2.0**self._BITS).astype(np.int64)
+                # Half of the digits at a time: the sum of whole ones would not fit 64 bits.
+                upper, lower = units >> self._HALF, units & ((1 << self._HALF) - 1)
+                self._units[name][k] += (int(upper.sum()) << self._HALF) + int(lower.sum())
+
+    def metrics(self) -> dict[str, float]:
+        """hit@k, recall@k, ndcg@k and mrr@k; 0 without a target."""
+        gains = {}
+        for name, by_k in self._units.items():
+            gains[name] = np.zeros(self._ks[-1])
+            for k, units in by_k.items():
+                gains[name][k - 1] = units / (1 << self._BITS)
+        return from_gains(gains, self._total, self._ks)

@@ -67,6 +67,11 @@ def _check(data: str, train, test, protocol: str, split: str = "test", **layout)
     assert ours.keys() == expected.keys()
     for name in expected:
         assert ours[name] == pytest.approx(expected[name], rel=1e-12, abs=1e-14), name
+    for batch_sessions in (1, 3):
+        # Equal to the last digit: what is summed are integers.
+        popularity = read_popularity(data, manifest)
+        again = evaluate_baselines(data, manifest, popularity, split, protocol, KS, batch_sessions=batch_sessions)
+        assert again == ours
     return ours
 
 

@@ -8,9 +8,15 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from gru4recf_dist.evaluation.metrics import RankHistogram, expected_over_ties
+from gru4recf_dist.evaluation.metrics import ExpectedOverTies, RankHistogram
 
 KS = [1, 3, 10]
+
+
+def _expected(above, tied, found, ks: list[int] = KS) -> dict[str, float]:
+    sums = ExpectedOverTies(ks)
+    sums.add(np.array(above, np.int64), np.array(tied, np.int64), np.array(found, bool))
+    return sums.metrics()
 
 
 def _by_loop(ranks: list[int | None], ks: list[int]) -> dict[str, float]:
@@ -65,8 +71,7 @@ def test_ranks_at_and_just_beyond_k():
 def test_without_targets_every_metric_is_zero():
     histogram = RankHistogram(max(KS))
     histogram.add(np.empty(0, np.int64), np.empty(0, bool))
-    nothing = np.empty(0, np.int64)
-    for metrics in (histogram.metrics(KS), expected_over_ties(nothing, nothing, nothing.astype(bool), KS)):
+    for metrics in (histogram.metrics(KS), ExpectedOverTies(KS).metrics(), _expected([], [], [])):
         assert metrics == _by_loop([], KS)
         assert set(metrics.values()) == {0.0}
 
@@ -75,7 +80,7 @@ def test_only_misses_give_zero_not_nothing():
     histogram = RankHistogram(max(KS))
     histogram.add(np.array([1, 1]), np.array([False, False]))
     assert histogram.metrics(KS) == _by_loop([None, None], KS)
-    misses = expected_over_ties(np.array([0, 5]), np.array([1, 2]), np.array([False, False]), KS)
+    misses = _expected([0, 5], [1, 2], [False, False])
     assert misses == _by_loop([None, None], KS)
 
 
@@ -87,7 +92,7 @@ def test_expected_over_ties_is_the_mean_over_every_order_of_the_tie(above, tied)
         # Element 0 of the tie is the target.
         for name, value in _by_loop([above + order.index(0) + 1], KS).items():
             sums[name] = sums.get(name, 0.0) + value
-    ours = expected_over_ties(np.array([above]), np.array([tied]), np.array([True]), KS)
+    ours = _expected([above], [tied], [True])
     assert ours == pytest.approx({name: value / len(orders) for name, value in sums.items()}, rel=1e-12)
 
 
@@ -99,12 +104,44 @@ def test_expected_over_ties_averages_over_targets_and_keeps_misses_in_the_denomi
         for rank in range(int(above[i]) + 1, int(above[i] + tied[i]) + 1):
             for name, value in _by_loop([rank], KS).items():
                 expected[name] = expected.get(name, 0.0) + value / int(tied[i]) / 4
-    assert expected_over_ties(above, tied, found, KS) == pytest.approx(expected, rel=1e-12)
+    assert _expected(above, tied, found) == pytest.approx(expected, rel=1e-12)
 
 
 def test_without_ties_the_expectation_is_the_histograms_value():
     ranks, found = _random_targets(3, 60)
     histogram = RankHistogram(max(KS))
     histogram.add(ranks, found)
-    ours = expected_over_ties(ranks - 1, np.ones(60, np.int64), found, [10, 1, 3])
+    ours = _expected(ranks - 1, np.ones(60), found, [10, 1, 3])
     assert ours == pytest.approx(histogram.metrics(KS), rel=1e-13)
+
+
+def _summed_at_once(above: np.ndarray, tied: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    """The expectation over all targets as one expression in float64: what blocks must come to."""
+    gains = {"hit": lambda rank: 1.0, "ndcg": lambda rank: 1.0 / math.log2(rank + 1), "mrr": lambda rank: 1.0 / rank}
+    result = {}
+    for name, gain in gains.items():
+        for k in KS:
+            upto = np.array([math.fsum(gain(rank) for rank in range(1, last + 1)) for last in range(k + 1)])
+            each = (upto[np.minimum(above + tied, k)] - upto[np.minimum(above, k)]) / tied
+            result[f"{name}@{k}"] = float(each[found].sum() / len(above))
+    return result | {f"recall@{k}": result[f"hit@{k}"] for k in KS}
+
+
+def test_expectations_are_the_same_to_the_last_digit_for_blocks_of_any_size():
+    generator = np.random.default_rng(5)
+    above = generator.integers(0, 12, 5000) * generator.integers(0, 2, 5000)
+    # Ties of one item, of a few, and of most of a large catalog.
+    tied = np.where(
+        generator.random(5000) < 0.3, generator.integers(10**5, 10**7, 5000), generator.integers(1, 9, 5000)
+    )
+    found = generator.random(5000) < 0.9
+    order = generator.permutation(5000)
+    results = []
+    for size in (1, 7, 1024, 5000):
+        sums = ExpectedOverTies(KS)
+        for start in range(0, 5000, size):
+            block = order[start : start + size]
+            sums.add(above[block], tied[block], found[block])
+        results.append(sums.metrics())
+    assert all(result == results[0] for result in results)
+    assert results[0] == pytest.approx(_summed_at_once(above, tied, found), rel=1e-12)

@@ -26,6 +26,7 @@ from gru4recf_dist.errors import UserError, exits_cleanly
 from gru4recf_dist.evaluation.topk import top_k
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel import ranks as process_ranks
+from gru4recf_dist.parallel.node_arrays import NodeArrays
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.recommend_input import Session, SessionReader, to_block
 from gru4recf_dist.recommender import Recommender
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     config = trained_run.read_config(arguments.run, arguments.overrides)
     with process_ranks.running(config.device, config.timeout_seconds) as ranks:
         model, manifest = trained_run.load_model(config, ranks)
-        reader = SessionReader(config.data, manifest, model.event_features)
+        reader = SessionReader(config.data, manifest, model.event_features, NodeArrays(ranks))
         with storage.open_read(arguments.input) as source, contextlib.ExitStack() as stack:
             target = stack.enter_context(storage.open_atomic(arguments.output)) if ranks.is_first else None
             sessions = reader.read(source, arguments.input)
@@ -48,11 +49,11 @@ def main(argv: list[str] | None = None) -> None:
             while chunk := list(itertools.islice(sessions, config.evaluation.batch_sessions * ranks.world)):
                 found, scores = _recommend(config, model, ranks, reader, chunk, arguments.k, arguments.exclude_seen)
                 if target is not None:
-                    for session, items, values in zip(chunk, found.tolist(), scores.tolist(), strict=True):
-                        pairs = zip(items, values, strict=True)
-                        real = [(reader.tokens[item], value) for item, value in pairs if item != PADDING_ID]
+                    for session, items, values in zip(chunk, found.cpu().numpy(), scores.tolist(), strict=True):
+                        real = items != PADDING_ID
+                        tokens = reader.index.tokens(items[real])
                         line = session.line
-                        line.update(items=[token for token, _ in real], scores=[value for _, value in real])
+                        line.update(items=tokens, scores=list(itertools.compress(values, real)))
                         target.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         if ranks.is_first:
             counts = reader.counts

@@ -24,10 +24,14 @@ from gru4recf_dist.data.event_columns import (
     scaled,
 )
 from gru4recf_dist.data.shard_format import PADDING_ID, Manifest, file_url
-from gru4recf_dist.data.tokens import read_item_tokens, read_tokens
+from gru4recf_dist.data.token_index import read_token_index
+from gru4recf_dist.data.tokens import read_tokens
 from gru4recf_dist.errors import UserError
+from gru4recf_dist.parallel.node_arrays import Allocate, in_memory
 
 FIRST_VALUE_ID = 2
+# Lines whose tokens are looked up together.
+_CHUNK_LINES = 1024
 
 
 @dataclass
@@ -60,16 +64,18 @@ class SessionReader:
 
     Args:
         features: the event features of the model.
+        allocate: where the items' tokens lie: `NodeArrays` shares them among the ranks of a node.
 
     Attributes:
-        tokens: the raw token of each item id; entry 0, the padding, is empty.
-        counts: of what has been read so far.
+        index: tokens and ids of the items.
+        counts: of the sessions read so far.
     """
 
-    def __init__(self, data: str, manifest: Manifest, features: Sequence[EventFeature]) -> None:
-        self.tokens = read_item_tokens(data, manifest)
+    def __init__(
+        self, data: str, manifest: Manifest, features: Sequence[EventFeature], allocate: Allocate = in_memory
+    ) -> None:
+        self.index = read_token_index(data, manifest, allocate)
         self.counts = Counts()
-        self._ids = {token: number for number, token in enumerate(self.tokens) if number != PADDING_ID}
         self._features, self._known = features, [feature.name for feature in manifest.event_features]
         self._needs_times = any(feature.kind == "time_gap" for feature in features)
         self._values = {
@@ -84,28 +90,22 @@ class SessionReader:
         Raises:
             UserError: a line is not of the expected form; it is named by its number.
         """
-        for number, text in enumerate(source, start=1):
-            if not text.strip():
-                continue
-            try:
-                line = json.loads(text)
-            except ValueError as error:
-                raise UserError(f"{url}:{number}: not a JSON object ({error})") from error
-            if not isinstance(line, dict) or not isinstance(line.get("items"), list):
-                raise UserError(f"{url}:{number}: must be an object with a list called 'items'")
-            yield self._session(line, f"{url}:{number}")
+        for chunk in _chunks(_lines(source, url)):
+            known = self.index.ids({str(token) for _, line in chunk for token in line["items"]})
+            for place, line in chunk:
+                yield self._session(line, place, known)
 
     def padding(self) -> Session:
         """In place of a session without a known item: one event that is none."""
         zeros = {feature.name: np.zeros(1, feature.dtype) for feature in self._features}
         return Session({}, np.array([PADDING_ID], np.int32), zeros)
 
-    def _session(self, line: dict[str, Any], place: str) -> Session:
+    def _session(self, line: dict[str, Any], place: str, ids: dict[str, int]) -> Session:
         tokens = [str(token) for token in line["items"]]
         # Of an unknown item its event goes too: the gap to the event after it is then counted from the one before it,
         # as in preparation, where filtered events are no events.
-        known = np.array([token in self._ids for token in tokens], dtype=bool)
-        items = np.array([self._ids[token] for token in tokens if token in self._ids], np.int32)
+        known = np.array([token in ids for token in tokens], dtype=bool)
+        items = np.array([ids[token] for token in tokens if token in ids], np.int32)
         self.counts.sessions += 1
         self.counts.unknown_tokens += len(tokens) - len(items)
         self.counts.empty_sessions += not len(items)
@@ -134,6 +134,35 @@ class SessionReader:
         column = np.array([MISSING_ID if text is None else ids.get(text, UNKNOWN_ID) for text in texts], np.int32)
         self.counts.unknown_values += int((column == UNKNOWN_ID).sum())
         return column
+
+
+def _lines(source, url: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line that is not empty, by its place."""
+    for number, text in enumerate(source, start=1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{url}:{number}: not a JSON object ({error})") from error
+        if not isinstance(line, dict) or not isinstance(line.get("items"), list):
+            raise UserError(f"{url}:{number}: must be an object with a list called 'items'")
+        yield f"{url}:{number}", line
+
+
+def _chunks(lines: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    chunk = []
+    try:
+        for line in lines:
+            chunk.append(line)
+            if len(chunk) == _CHUNK_LINES:
+                yield chunk
+                chunk = []
+    except UserError:
+        # The lines before it come first: one of them may be wrong in a way that only shows later.
+        yield chunk
+        raise
+    yield chunk
 
 
 def to_block(sessions: list[Session]) -> Block:

@@ -32,7 +32,12 @@ def read_vocabulary(data: str, feature: Feature) -> list[str]:
 
 
 def read_tokens(url: str, expected: int) -> list[str]:
-    """The ``expected`` tokens of one file.
+    """The ``expected`` tokens of one file; errors as `open_tokens`."""
+    return open_tokens(url, expected).read(columns=["token"])["token"].to_pylist()
+
+
+def open_tokens(url: str, expected: int) -> pq.ParquetFile:
+    """A file of ``expected`` tokens, in memory as it is stored.
 
     Raises:
         UserError: it is missing, or holds another number.
@@ -41,7 +46,7 @@ def read_tokens(url: str, expected: int) -> list[str]:
     # Python ends aborts the process.
     content = pa.BufferOutputStream()
     content.write(storage.read_bytes(url))
-    tokens = pq.read_table(pa.BufferReader(content.getvalue()), columns=["token"])["token"].to_pylist()
-    if len(tokens) != expected:
-        raise UserError(f"{url}: holds {len(tokens)} tokens, the manifest says {expected}")
-    return tokens
+    file = pq.ParquetFile(pa.BufferReader(content.getvalue()))
+    if file.metadata.num_rows != expected:
+        raise UserError(f"{url}: holds {file.metadata.num_rows} tokens, the manifest says {expected}")
+    return file

@@ -1,0 +1,91 @@
+"""Tokens and ids as flat arrays against a dictionary."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gru4recf_dist.data import storage, token_index
+from gru4recf_dist.data.shard_format import Manifest, SplitInfo
+from gru4recf_dist.errors import UserError
+from gru4recf_dist.parallel.node_arrays import NodeArrays, in_memory
+from tests.support.ranks import run_ranks
+
+EMPTY = SplitInfo(sessions=0, events=0, targets=0, shards=[])
+
+
+def _write(data: str, tokens: list[str], items: int | None = None, row_group: int = 1000) -> Manifest:
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"token": pa.array(tokens, pa.string())}), stream, row_group_size=row_group)
+    manifest = Manifest(
+        name="tokens",
+        seed=0,
+        items=items or len(tokens),
+        streams=8,
+        protocol="every_position",
+        splits={"train": EMPTY, "valid": EMPTY, "test": EMPTY},
+    )
+    storage.write_bytes(f"{data}/{manifest.tokens}", stream.getvalue())
+    return manifest
+
+
+def _index(data: str, tokens: list[str], **layout) -> token_index.TokenIndex:
+    return token_index.read_token_index(data, _write(data, tokens, **layout), in_memory)
+
+
+def _check(index: token_index.TokenIndex, tokens: list[str], others: list[str]) -> None:
+    expected = {token: number for number, token in enumerate(tokens, 1)}
+    assert index.ids([*tokens, *others, *tokens]) == expected
+    order = np.random.default_rng(0).permutation(len(tokens)) + 1
+    assert index.tokens(np.append(order, 0)) == [*(tokens[number - 1] for number in order), ""]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=9), min_size=1, max_size=40, unique=True), st.data())
+def test_every_token_has_its_id_and_every_id_its_token(tmp_path_factory, tokens, data):
+    row_group = data.draw(st.integers(1, 12))
+    others = [token for token in ("other", "a", "\x00", "é") if token not in tokens]
+    _check(_index(str(tmp_path_factory.mktemp("data")), tokens, row_group=row_group), tokens, others)
+
+
+def test_many_tokens_over_several_batches(tmp_path):
+    tokens = [f"item-{number * 7919 % 40_009}" for number in range(40_009)]
+    others = ["item-40009", "item-", "tem-1", "item-1 ", "item-1\x00", "", "\ud800"]
+    _check(_index(str(tmp_path), tokens), tokens, others)
+
+
+def test_tokens_of_one_hash_are_told_apart(tmp_path, monkeypatch):
+    tokens = [f"item-{number}" for number in range(500)]
+    monkeypatch.setattr(token_index, "_hashes", lambda ends, text: (np.diff(ends) % 2).astype(np.uint64))
+    _check(_index(str(tmp_path), tokens), tokens, ["item-500", "other", "item-x"])
+
+
+def test_a_file_that_does_not_fit_is_named(tmp_path):
+    manifest = _write(str(tmp_path), ["a", "b"], items=3)
+    with pytest.raises(UserError, match=r"tokens\.parquet: holds 2 tokens, the manifest says 3"):
+        token_index.read_token_index(str(tmp_path), manifest, in_memory)
+
+
+def _read(ranks, data: str, tokens: list[str]) -> tuple[dict, list[str], int]:
+    opened, open_tokens = [], token_index.open_tokens
+
+    def counted(*arguments):
+        opened.append(arguments)
+        return open_tokens(*arguments)
+
+    token_index.open_tokens = counted
+    manifest = _write(f"{data}/{ranks.rank}", tokens)
+    index = token_index.read_token_index(f"{data}/{ranks.rank}", manifest, NodeArrays(ranks))
+    return index.ids(["b", "none"]), index.tokens(np.array([3, 1])), len(opened)
+
+
+@pytest.mark.dist
+def test_one_rank_of_a_node_reads_the_file_for_all(tmp_path):
+    results = run_ranks(2, _read, tmp_path, str(tmp_path / "data"), ["a", "b", "c"])
+    assert results == [({"b": 2}, ["c", "a"], 1), ({"b": 2}, ["c", "a"], 0)]

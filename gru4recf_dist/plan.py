@@ -42,7 +42,9 @@ _UNITS = {
     "link_gbs": "GB/s of a rank to ranks of its node",
     "network_gbs": "GB/s of a rank to other nodes",
     "pcie_gbs": "GB/s between host and device",
+    "functions_gs": "billion exponentials a second on a device",
     "routing_mids": "million ids a second that a core sorts",
+    "rnn_step_us": "of an event in an RNN's layer, forward and backward",
     "latency_us": "of a collective",
     "fixed_ms": "of a step, whatever its size",
 }
@@ -51,15 +53,15 @@ _UNITS = {
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     """Print the plan."""
-    given = _parse(arguments)
+    given = parse(arguments)
     machine = speed.Machine(
         ranks_per_node=given.gpus_per_node,
         **{name: getattr(given, name) for name in _UNITS},
     )
-    workload = _workload(given)
+    workload = workload_of(given)
     if given.measure:
         with process_ranks.running(given.device, timeout_seconds=300) as ranks:
-            machine = speed.measure(machine, ranks)
+            machine = speed.measure(machine, ranks, workload.config.model.hidden_size)
         if not ranks.is_first:
             return
     plan = make_plan(workload, machine, given.gpu_gib * GIB, given.node_gib * GIB)
@@ -87,7 +89,12 @@ def make_plan(workload: Workload, machine: speed.Machine, gpu_limit: float, node
     }
 
 
-def _workload(given: argparse.Namespace) -> Workload:
+def workload_of(given: argparse.Namespace) -> Workload:
+    """What is to be planned, given the command line.
+
+    Raises:
+        UserError: its parts do not go together.
+    """
     overrides = [f"{key}={getattr(given, flag)}" for flag, key in _KEYS.items() if getattr(given, flag) is not None]
     # The configuration names both; a plan reads no more than the data set that --data names, and writes nothing.
     names = [f"data={given.data or 'none'}", "run_dir=none"]
@@ -222,7 +229,8 @@ def _number(text: str, flag: str = "") -> float:
     return number
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; UserError if it is wrong."""
     parser = _Parser(
         prog="gru4recf_dist.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

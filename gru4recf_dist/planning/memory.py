@@ -25,10 +25,12 @@ def device_bytes(workload: Workload, counts: StepCounts) -> dict[str, float]:
     exchanged = (counts.ids * workload.dim * workload.reads_items + counts.target_ids * workload.target_width) * size
     parts = {} if workload.host_table else _table(workload)
     parts["encoder, gradients, moments"] = _encoder(workload)
-    parts["activations"] = counts.events_largest * _activation_elements(workload) * size
+    # Kept for backward of each event, with as much again for the gradients that are alive at the peak.
+    parts["activations"] = counts.events_largest * 2.0 * workload.activation_elements * size
     candidates = counts.negatives if workload.samples else workload.rows
-    # Logits, and what backward makes of them.
-    parts["logits of a block"] = 2.0 * workload.config.loss.block_rows * candidates * size
+    rows = min(workload.config.loss.block_rows, counts.events_largest * (1 if workload.samples else workload.world))
+    # Logits, and what the loss makes of them.
+    parts["logits of a block"] = workload.logit_cost.blocks * rows * candidates * size
     # Rows as owner and as user, their gradients likewise, and the sums of these while they are coalesced.
     buffers = 6.0 * exchanged
     # Gathered with and without padding, and the gradients of both.
@@ -79,16 +81,6 @@ def _encoder(workload: Workload) -> float:
         # DDP's buckets.
         copies += 1.0
     return workload.encoder_parameters * workload.element_bytes * copies
-
-
-def _activation_elements(workload: Workload) -> int:
-    """Kept for backward of each event, with as much again for the gradients that are alive at the peak."""
-    model, rnns = workload.config.model, workload.rnns
-    # Inputs before and after dropout; of a GRU the three gates, the candidate's product, state and output.
-    kept = 2 * sum(rnn.input_size for rnn in rnns) + len(rnns) * model.num_layers * 6 * model.hidden_size
-    # Outputs of all RNNs before and after dropout; query, positive, and their product.
-    kept += 2 * len(rnns) * model.hidden_size + 3 * workload.query_size
-    return 2 * kept
 
 
 def fits(workload: Workload, gpu_limit: float, node_limit: float, ranks_per_node: int) -> bool:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.utils.rnn import PackedSequence
 
+from gru4recf_dist.model.packed_gru import PackedGRU
 from gru4recf_dist.parallel.ranks import Ranks, wait_for_all
 from gru4recf_dist.planning.memory import row_state_elements
 from gru4recf_dist.planning.wire import ALL_TO_ALL, sent_bytes
 from gru4recf_dist.planning.workload import StepCounts, Workload
+
+# Events of the session that an RNN is measured with.
+_RNN_STEPS = 64
 
 
 @dataclass(frozen=True)
@@ -24,9 +30,11 @@ class Machine:
         matmul_tflops: of float32 products (float64 and half precision differ: give what holds).
         memory_gbs, link_gbs, network_gbs, pcie_gbs: GB/s of device memory, to ranks of the same node, to others (of
             one rank), and between host and device (only for a table in host memory).
+        functions_gs: billion values a second that go through an exponential or the like, beside their way from memory.
         routing_mids: million ids a second that a CPU core sorts.
+        rnn_step_us: of one event of a session through one layer of an RNN, there and back: they come one by one.
         latency_us: of a collective.
-        fixed_ms: what a step costs whatever its size: launching kernels, the RNNs' steps one after the other.
+        fixed_ms: what a step costs whatever its size: launching kernels.
         ranks_per_node: ranks that share a node.
     """
 
@@ -35,9 +43,11 @@ class Machine:
     link_gbs: float = 250.0
     network_gbs: float = 40.0
     pcie_gbs: float = 25.0
+    functions_gs: float = 1000.0
     routing_mids: float = 15.0
+    rnn_step_us: float = 15.0
     latency_us: float = 30.0
-    fixed_ms: float = 3.0
+    fixed_ms: float = 2.5
     ranks_per_node: int = 8
 
 
@@ -48,9 +58,10 @@ def step_seconds(workload: Workload, counts: StepCounts, machine: Machine) -> di
     """
     config = workload.config
     size, micro = workload.element_bytes, config.accumulation
-    events = counts.events
+    # All wait for the rank with most events.
+    events = counts.events_largest
     # Every query meets all negatives, or all queries meet this rank's rows.
-    pairs = events * counts.negatives if workload.samples else events * workload.world * workload.rows
+    pairs = events * counts.negatives if workload.samples else counts.events * workload.world * workload.rows
     # Forward and backward of the encoder are three products a weight and event. Logits are made twice, and have two
     # gradients: four products.
     flops = 6.0 * events * _products(workload) + 8.0 * pairs * workload.query_size
@@ -60,10 +71,16 @@ def step_seconds(workload: Workload, counts: StepCounts, machine: Machine) -> di
         rows * size * (10.0 * widths[name] + 2.0 * row_state_elements(config.table.optimizer, widths[name]))
         for name, rows in touched.items()
     )
+    # What the encoder keeps, and its gradient: each written once and read once.
+    activations = 4.0 * events * workload.activation_elements * size
+    cost = workload.logit_cost
+    functions = pairs * cost.functions + events * sum(3 * rnn.hidden_size * rnn.num_layers for rnn in workload.rnns)
+    layers = sum(rnn.num_layers for rnn in workload.rnns)
     seconds = {
         "matrix products": micro * flops / machine.matmul_tflops / 1e12,
-        # A block's logits are passed over about eight times in forward and backward.
-        "memory": micro * (8.0 * pairs * size + row_traffic) / machine.memory_gbs / 1e9,
+        "memory": micro * (cost.passes * pairs * size + row_traffic + activations) / machine.memory_gbs / 1e9,
+        "exponentials": micro * functions / machine.functions_gs / 1e9,
+        "RNN, event by event": micro * layers * counts.longest * machine.rnn_step_us / 1e6,
         "host (routing)": micro
         * (2.0 * events + config.loss.negatives * workload.samples)
         / machine.routing_mids
@@ -108,15 +125,20 @@ def _products(workload: Workload) -> int:
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure(machine: Machine, ranks: Ranks) -> Machine:
+def measure(machine: Machine, ranks: Ranks, hidden: int = 128) -> Machine:
     """``machine`` with what can be measured here: every rank measures at the same time, and the slowest counts.
 
     Between ranks it measures one rate, and takes it for links and network alike.
+
+    Args:
+        hidden: of the RNN.
     """
     device = ranks.device
     side, elements = (4096, 1 << 28) if device.type == "cuda" else (768, 1 << 23)
     left, right = (torch.randn(side, side, device=device) for _ in range(2))
     memory = torch.ones(elements, device=device)
+    # As many as a block of logits.
+    logits = torch.randn(256, 2048, device=device)
     target = torch.empty_like(memory)
     ids = np.random.default_rng(0).integers(0, 1 << 30, 1 << 18)
     rates = [
@@ -124,8 +146,11 @@ def measure(machine: Machine, ranks: Ranks) -> Machine:
         # A copy reads and writes.
         2.0 * memory.nbytes / _seconds(lambda: target.copy_(memory), ranks) / 1e9,
         len(ids) / _seconds(lambda: np.unique(ids, return_inverse=True), ranks) / 1e6,
+        logits.numel() / _seconds(lambda: torch.sigmoid(logits), ranks) / 1e9,
+        # As rates, this and the latency, so that the slowest rank's is the smallest.
+        _RNN_STEPS * 1e-6 / _seconds(partial(_train_rnn, PackedGRU(hidden, hidden, 1).to(device)), ranks),
     ]
-    found = {"matmul_tflops": 0, "memory_gbs": 1, "routing_mids": 2}
+    found = {"matmul_tflops": 0, "memory_gbs": 1, "routing_mids": 2, "functions_gs": 3}
     if ranks.world > 1:
         share = (16 if device.type == "cuda" else 1) * (1 << 20)
         sent = torch.ones(share * ranks.world, device=device)
@@ -134,17 +159,22 @@ def measure(machine: Machine, ranks: Ranks) -> Machine:
         rates.append(4.0 * share * (ranks.world - 1) / seconds / 1e9)
         small = torch.ones(ranks.world, device=device)
         seconds = _seconds(lambda: dist.all_to_all_single(torch.empty_like(small), small, group=ranks.table), ranks)
-        # As a rate, so that the slowest rank's is the smallest.
         rates.append(1e-6 / seconds)
-        found |= {"link_gbs": 3, "network_gbs": 3}
+        found |= {"link_gbs": 5, "network_gbs": 5}
     slowest = torch.tensor(rates, dtype=torch.float64)
     if ranks.world > 1:
         dist.all_reduce(slowest, op=dist.ReduceOp.MIN, group=ranks.host)
     rates = slowest.tolist()
-    measured = {name: rates[place] for name, place in found.items()}
+    measured = {name: rates[place] for name, place in found.items()} | {"rnn_step_us": 1.0 / rates[4]}
     if ranks.world > 1:
-        measured["latency_us"] = 1.0 / rates[4]
+        measured["latency_us"] = 1.0 / rates[6]
     return replace(machine, **measured)
+
+
+def _train_rnn(rnn: PackedGRU) -> None:
+    """Forward and backward of one session: nothing that could be done at once."""
+    events = torch.ones(_RNN_STEPS, rnn.input_size, device=rnn.weight_hh_l0.device, requires_grad=True)
+    rnn(PackedSequence(events, torch.ones(_RNN_STEPS, dtype=torch.int64))).data.sum().backward()
 
 
 def _seconds(work: Callable[[], object], ranks: Ranks, rounds: int = 7) -> float:

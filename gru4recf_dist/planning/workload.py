@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from gru4recf_dist.config import Config
@@ -36,6 +37,34 @@ class ItemFeature:
 
 
 @dataclass(frozen=True)
+class LogitCost:
+    """What a loss does for every logit besides the four matrix products, forward and backward together.
+
+    Attributes:
+        passes: reads and writes of a block of logits, or of as many values.
+        functions: values of an exponential, a logistic function or a logarithm.
+        blocks: values of a block that exist at a time.
+    """
+
+    passes: int
+    functions: int
+    blocks: int
+
+
+_SOFTMAX = LogitCost(passes=14, functions=2, blocks=2)
+# Theirs is written as formulas, of which torch keeps the intermediate values for backward: the saved blocks, and three
+# that are in the making.
+_LOGIT_COSTS = {
+    "sampled_softmax": _SOFTMAX,
+    "full_softmax": _SOFTMAX,
+    "bpr": LogitCost(passes=53, functions=9, blocks=6),
+    "bpr_max": LogitCost(passes=106, functions=15, blocks=10),
+    "top1": LogitCost(passes=77, functions=8, blocks=7),
+    "top1_max": LogitCost(passes=99, functions=11, blocks=9),
+}
+
+
+@dataclass(frozen=True)
 class Workload:
     """A run that is planned.
 
@@ -62,6 +91,10 @@ class Workload:
     @property
     def samples(self) -> bool:
         return self.config.loss.samples
+
+    @property
+    def logit_cost(self) -> LogitCost:
+        return _LOGIT_COSTS[self.config.loss.name]
 
     @property
     def over_gloo(self) -> bool:
@@ -125,6 +158,15 @@ class Workload:
     def rnns(self) -> list[PackedGRU]:
         return [module for module in self.encoder.modules() if isinstance(module, PackedGRU)]
 
+    @property
+    def activation_elements(self) -> int:
+        """Values that the encoder keeps of each event until backward, and that have a gradient there."""
+        model, rnns = self.config.model, self.rnns
+        # Inputs before and after dropout; of a GRU the three gates, the candidate's product, state and output.
+        kept = 2 * sum(rnn.input_size for rnn in rnns) + len(rnns) * model.num_layers * 6 * model.hidden_size
+        # Outputs of all RNNs before and after dropout; query, positive, and their product.
+        return kept + 2 * len(rnns) * model.hidden_size + 3 * self.query_size
+
 
 @dataclass(frozen=True)
 class StepCounts:
@@ -132,6 +174,7 @@ class StepCounts:
 
     Attributes:
         events: packed events, T; `events_largest` of the rank with most.
+        longest: events of the longest session, which an RNN takes one after the other.
         ids: distinct items of inputs, and of targets where their rows are the same.
         target_ids: distinct items of targets, where some of their rows are no inputs; else 0.
         negatives: distinct negatives, of all ranks.
@@ -146,6 +189,7 @@ class StepCounts:
     negatives: float
     negatives_share: float
     negatives_moved: float
+    longest: float
 
 
 def expected_counts(workload: Workload) -> StepCounts:
@@ -184,4 +228,6 @@ def expected_counts(workload: Workload) -> StepCounts:
         negatives=negatives,
         negatives_share=share,
         negatives_moved=moved,
+        # Of as many sessions the longest is expected at the mean times a harmonic number, if their lengths spread so.
+        longest=min(inputs * (np.euler_gamma + math.log(max(sessions, 1.0))), config.loader.max_length),
     )

@@ -158,7 +158,11 @@ def _event_feature(text: str, place: int) -> FeatureSpec:
 
 def _text(workload: Workload, machine: speed.Machine, plan: dict) -> str:
     config: Config = workload.config
-    loss = f"{config.loss.negatives:,} negatives ({config.loss.sampler})" if workload.samples else "full softmax"
+    loss = config.loss.name.replace("_", " ")
+    if workload.samples:
+        loss += f" with {config.loss.negatives:,} negatives ({config.loss.sampler})"
+    if workload.samples and config.loss.in_batch:
+        loss += f" and {config.loss.in_batch} of the batch"
     counts = plan["counts"]
     lines = [
         f"{workload.items:,} items of {workload.dim} values, table optimizer {config.table.optimizer}, "

@@ -66,9 +66,10 @@ def step_seconds(workload: Workload, counts: StepCounts, machine: Machine) -> di
     # gradients: four products.
     flops = 6.0 * events * _products(workload) + 8.0 * pairs * workload.query_size
     touched, widths = workload.touched_rows(counts), workload.table_widths
-    # Read, handed on, its gradient gathered and summed; then weight and state, each read and written.
+    # Rows are read and handed on; their gradients made, looked at for what is not finite, summed, scaled, squared, and
+    # added: each of these reads or writes all values once or several times. Then the state, read and written.
     row_traffic = sum(
-        rows * size * (10.0 * widths[name] + 2.0 * row_state_elements(config.table.optimizer, widths[name]))
+        rows * size * (36.0 * widths[name] + 2.0 * row_state_elements(config.table.optimizer, widths[name]))
         for name, rows in touched.items()
     )
     # What the encoder keeps, and its gradient: each written once and read once.

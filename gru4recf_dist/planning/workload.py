@@ -57,10 +57,10 @@ _SOFTMAX = LogitCost(passes=14, functions=2, blocks=2)
 _LOGIT_COSTS = {
     "sampled_softmax": _SOFTMAX,
     "full_softmax": _SOFTMAX,
-    "bpr": LogitCost(passes=53, functions=9, blocks=6),
-    "bpr_max": LogitCost(passes=106, functions=15, blocks=10),
-    "top1": LogitCost(passes=77, functions=8, blocks=7),
-    "top1_max": LogitCost(passes=99, functions=11, blocks=9),
+    "bpr": LogitCost(passes=50, functions=9, blocks=6),
+    "bpr_max": LogitCost(passes=103, functions=15, blocks=10),
+    "top1": LogitCost(passes=74, functions=8, blocks=7),
+    "top1_max": LogitCost(passes=96, functions=11, blocks=9),
 }
 
 

@@ -58,6 +58,33 @@ def test_distinct_negatives_and_their_shares_are_those_of_the_sampler(sampler):
     assert expected.negatives_moved == pytest.approx(moved, rel=0.2)
 
 
+def test_the_longest_session_is_that_of_draws_and_never_longer_than_a_window():
+    lengths = np.random.default_rng(0).geometric(1 / 7, (4000, 64))
+    assert expected_counts(_workload(world=4, batch_size=256)).longest == pytest.approx(
+        lengths.max(axis=1).mean(), rel=0.1
+    )
+    assert expected_counts(_workload(world=1, batch_size=10**6, loader__max_length=30)).longest == 30
+
+
+def test_each_loss_has_its_own_cost_of_the_same_logits():
+    def parts(loss: str, world: int = 4) -> tuple[dict, dict]:
+        plan = _workload(world=world, loss__name=loss)
+        counts = expected_counts(plan)
+        return speed.step_seconds(plan, counts, speed.Machine()), memory.device_bytes(plan, counts)
+
+    (seconds, held), (softmax_seconds, softmax_held) = parts("bpr_max"), parts("sampled_softmax")
+    assert seconds["matrix products"] == softmax_seconds["matrix products"]
+    assert seconds["wire"] == softmax_seconds["wire"]
+    assert held["logits of a block"] == 5 * softmax_held["logits of a block"]
+    # A device whose functions are slow, and nothing else: 15 of them a logit, and 2.
+    plan = _workload(loss__name="bpr_max")
+    counts = expected_counts(plan)
+    machine = speed.Machine(functions_gs=1.0)
+    pairs = counts.events_largest * counts.negatives
+    gates = counts.events_largest * 3 * plan.config.model.hidden_size
+    assert speed.step_seconds(plan, counts, machine)["exponentials"] == pytest.approx(1e-9 * (15 * pairs + gates))
+
+
 def test_the_expected_largest_of_two_normal_numbers_is_known():
     assert popularity.largest_of(1) == pytest.approx(0.0, abs=1e-9)
     assert popularity.largest_of(2) == pytest.approx(np.pi**-0.5, rel=1e-4)
@@ -115,6 +142,8 @@ def test_a_slower_part_limits_the_step():
     assert limit(network_gbs=0.01) == "wire"
     assert limit(matmul_tflops=0.01) == "matrix products"
     assert limit(memory_gbs=0.1) == "memory"
+    assert limit(functions_gs=0.1) == "exponentials"
+    assert limit(rnn_step_us=1e5) == "RNN, event by event"
 
 
 def test_exchanges_between_nodes_go_at_the_networks_rate():

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing
 
 from benchmarks import synthetic_events
@@ -29,6 +29,7 @@ from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.planning import speed
 from gru4recf_dist.planning.workload import expected_counts
 from gru4recf_dist.trainer import Trainer
+from gru4recf_dist.training_step import MicroBatch
 
 CASES = {
     "few negatives": ("batch_size=256", "loss.negatives=256", "model.hidden_size=64"),
@@ -85,7 +86,7 @@ def _measure(arguments: argparse.Namespace) -> None:
         config = workload.config.model_copy(update={"run_dir": given.overrides[-1].removeprefix("run_dir=")})
         counts, trainer, rounds = expected_counts(workload), Trainer(config, ranks), []
         machine = speed.Machine(ranks_per_node=ranks.world)
-        with closing(trainer.loader.prepared(trainer.step.prepare)) as batches:
+        with closing(_batches(trainer)) as batches:
             for _ in range(arguments.rounds):
                 seconds = speed.step_seconds(workload, counts, speed.measure(machine, ranks, config.model.hidden_size))
                 # The first ones of a round still wait for memory that the measurement has displaced.
@@ -94,6 +95,13 @@ def _measure(arguments: argparse.Namespace) -> None:
                 rounds.append({"planned": seconds, "measured": measured, "computed": computed})
     if ranks.is_first:
         print(json.dumps(rounds), flush=True)
+
+
+def _batches(trainer: Trainer) -> Generator[list[MicroBatch]]:
+    """Of one epoch after the other."""
+    while True:
+        with closing(trainer.loader.prepared(trainer.step.prepare)) as batches:
+            yield from batches
 
 
 def _timed(work: Callable[[], object]) -> tuple[float, float]:

@@ -71,9 +71,17 @@ def test_a_benchmark_prints_its_table(tmp_path, arguments, rows):
             ],
             ["sharded      1    300", "sharded      1  2,000", "dense        1    300"],
         ),
+        (
+            [
+                *("benchmarks.plan", "--ranks=1", "--cases", "few negatives", "--rounds=2", "--steps=2"),
+                # Fewer batches an epoch than steps.
+                *("--items=300", "--events=600", "loss.negatives=8", "batch_size=16"),
+            ],
+            ["few negatives      1"],
+        ),
         (["benchmarks.full_sort", "--items=300", "--sessions", "30", "60", "--dim=4"], ["30 ", "60 "]),
     ],
-    ids=["kernels", "bias", "torchrec", "catalog", "full_sort"],
+    ids=["kernels", "bias", "torchrec", "catalog", "plan", "full_sort"],
 )
 def test_a_benchmark_without_a_data_set_prints_its_table(tmp_path, arguments, rows):
     output = ["--output", tmp_path / "out.json"] if "--alone" in arguments else []

@@ -81,6 +81,7 @@ ONLY_IMPORTED_BY = {
     "gru4recf_dist.trainer": (
         "benchmarks.__main__",
         "benchmarks.catalog",
+        "benchmarks.plan",
         "benchmarks.recbole",
         "benchmarks.wire",
         *(f"gru4recf_dist.{program}" for program in PROGRAMS),

@@ -94,8 +94,10 @@ def step_seconds(workload: Workload, counts: StepCounts, machine: Machine) -> di
     collectives = 7 if workload.samples else 9
     # Each further table's rows go and come by themselves.
     collectives += 4 * (len(workload.encoder.parts) - 1) + 3 * (workload.target_width > 0)
+    # Counts, flags and the encoder's gradients; targets that are negatives, of all micro-batches at once.
+    once = 3 + 2 * (workload.samples and bool(config.loss.in_batch))
     seconds["latency and launches"] = machine.fixed_ms / 1e3 + (
-        machine.latency_us * 1e-6 * (micro * collectives + 3) if workload.world > 1 else 0.0
+        machine.latency_us * 1e-6 * (micro * collectives + once) if workload.world > 1 else 0.0
     )
     return seconds
 

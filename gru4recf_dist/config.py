@@ -198,6 +198,7 @@ class ScheduleConfig(Section):
     final: float = Field(0.0, ge=0.0, le=1.0, description="factor at the last step (linear, cosine)")
     plateau_patience: PositiveInt = Field(1, description="evaluations in a row without a better one until a drop")
     plateau_factor: float = Field(0.3, gt=0.0, lt=1.0, description="of each drop")
+    plateau_threshold: float = Field(0.0, ge=0.0, lt=1.0, description="share of the best that a better one must add")
 
 
 class TrainingConfig(Section):

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from gru4recf_dist.config import ScheduleConfig
 from gru4recf_dist.parallel import traffic
-from gru4recf_dist.schedule import is_plateau
 
 
 @dataclass
@@ -20,7 +19,8 @@ class Progress:
         recent: the last validation figures, as many as are compared together.
         best, best_before: the best mean of them so far, and the best one before that.
         evaluations_since_best: early stopping's memory.
-        rate_drops, evaluations_since_drop: the same for `schedule.name: plateau`.
+        rate_drops, risen_to, evaluations_since_drop: the memory of `schedule.name: plateau`: drops so far, the last
+            mean that counted as better, and evaluations since then or since the last drop.
         sessions_lost: training sessions, each epoch anew, of damaged shards (`loader.on_bad_shard: skip`).
         skipped_steps: those whose gradients or loss were not finite.
         broken_in_a_row: of these, the last ones that no smaller loss scale would have helped.
@@ -35,6 +35,7 @@ class Progress:
     best_before: float | None = None
     evaluations_since_best: int = 0
     rate_drops: int = 0
+    risen_to: float | None = None
     evaluations_since_drop: int = 0
     trained_events: int = 0
     sessions_lost: int = 0
@@ -60,10 +61,18 @@ class Progress:
             self.best_before, self.best = self.best, mean
         waits = not is_best and is_last_phase
         self.evaluations_since_best = self.evaluations_since_best + 1 if waits else 0
-        self.evaluations_since_drop = self.evaluations_since_drop + 1 if waits else 0
-        if is_plateau(schedule, self.evaluations_since_drop):
-            self.rate_drops, self.evaluations_since_drop = self.rate_drops + 1, 0
+        if schedule.name == "plateau":
+            self._drop_rate_on_plateau(mean, schedule, is_last_phase)
         return is_best
+
+    def _drop_rate_on_plateau(self, mean: float, schedule: ScheduleConfig, is_last_phase: bool) -> None:
+        """As torch's `ReduceLROnPlateau`, with its relative threshold."""
+        if self.risen_to is None or mean > self.risen_to * (1 + schedule.plateau_threshold):
+            self.risen_to, self.evaluations_since_drop = mean, 0
+        elif is_last_phase:
+            self.evaluations_since_drop += 1
+        if self.evaluations_since_drop >= schedule.plateau_patience:
+            self.rate_drops, self.evaluations_since_drop = self.rate_drops + 1, 0
 
 
 @dataclass

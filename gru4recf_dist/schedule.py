@@ -11,7 +11,7 @@ def factor(config: ScheduleConfig, step: int, total_steps: int, drops: int = 0) 
     """What the learning rates are multiplied by at ``step`` (from 0) of ``total_steps``.
 
     Linear warm-up over ``warmup_steps``, then constant, or a linear or cosine decay that reaches ``final`` at the last
-    step, or, with `plateau`, ``plateau_factor`` times less after each of ``drops`` (`is_plateau`).
+    step, or, with `plateau`, ``plateau_factor`` times less after each of ``drops`` (`Progress.evaluated`).
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
@@ -23,11 +23,3 @@ def factor(config: ScheduleConfig, step: int, total_steps: int, drops: int = 0) 
     progress = min(1.0, (step - config.warmup_steps) / length)
     shape = 1.0 - progress if config.name == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.final + (1.0 - config.final) * shape
-
-
-def is_plateau(config: ScheduleConfig, evaluations: int) -> bool:
-    """Whether the rates drop, after so many ``evaluations`` in a row that were not better than all before.
-
-    Counted from the last drop or best evaluation, as in torch's `ReduceLROnPlateau`.
-    """
-    return config.name == "plateau" and evaluations >= config.plateau_patience

@@ -61,6 +61,7 @@ def count_above(
         ties: ``against`` counts items of exactly the target's score, ``for`` does not.
     """
     count = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    tile_rows = min(tile_rows, max(1, len(candidates.own)))
     # [tile, queries] scores exist at a time: as many queries as keep that within bounds.
     size = max(_BYTES, min(QUERIES, len(queries), _SCORES // tile_rows))
     tile = _ScoredTile(tile_rows, size, queries.device)

@@ -40,6 +40,20 @@ def test_a_resumed_run_remembers_the_same():
         assert dataclasses.asdict(resumed) == dataclasses.asdict(remembered(3, name="plateau")[0])
 
 
+def drops_after(figures: list[float], threshold: float) -> list[int]:
+    """Evaluations, from 1, after which the rates dropped."""
+    settings = {"name": "plateau", "plateau_patience": 2, "plateau_threshold": threshold}
+    counts = [remembered(1, figures[:end], **settings)[0].rate_drops for end in range(len(figures) + 1)]
+    return [end for end in range(1, len(counts)) if counts[end] > counts[end - 1]]
+
+
+def test_what_adds_less_than_the_threshold_to_the_best_is_no_rise():
+    creeping = [0.5, 0.502, 0.504, 0.506, 0.507, 0.508, 0.53, 0.531]
+    assert drops_after(creeping, threshold=0.0) == []
+    # .506 is more than 1 % above .5; .507 and .508 are not above .506, nor .531 above .53.
+    assert drops_after(creeping, threshold=0.01) == [3, 6]
+
+
 def test_patience_begins_with_the_last_subnet():
     progress = Progress()
     for figure in (0.5, 0.1, 0.1):

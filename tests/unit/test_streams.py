@@ -7,7 +7,6 @@ import subprocess
 import sys
 import uuid
 from collections import Counter
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,60 +16,25 @@ import pytest
 import torch
 from scipy import stats
 
-from gru4recf_dist.config import LoaderConfig
 from gru4recf_dist.data import columns, storage, streams
 from gru4recf_dist.data.blocks import Block
-from gru4recf_dist.data.shard_format import Manifest
-from gru4recf_dist.data.streams import SessionLoader, Stream
+from gru4recf_dist.data.streams import Stream
 from gru4recf_dist.errors import UserError
 
 # Its import makes the process that loader workers are forked from import torch once, not each worker for itself.
 from tests.support import ranks as _preload  # noqa: F401
-from tests.support.synthetic import random_sessions, write_dataset
-
-STREAMS = 8
-
-
-@dataclass
-class DataSet:
-    data: str
-    manifest: Manifest
-    sessions: list[np.ndarray]
-
-    @property
-    def numbers(self) -> list[int]:
-        return list(range(len(self.sessions)))
-
-
-def _write(data: str, count: int, **settings) -> DataSet:
-    sessions = random_sessions(count, count, 30, longest=5)
-    manifest = write_dataset(data, sessions, streams=STREAMS, features=False, items=30, **settings)
-    return DataSet(data=data, manifest=manifest, sessions=sessions)
+from tests.support.epochs import STREAMS, DataSet, epoch, flat, loader_of, small_data_set, take, write
 
 
 @pytest.fixture(scope="module")
 def small() -> DataSet:
-    """107 sessions: streams of 13 and 14, in shards of 6 and blocks of 4."""
-    return _write(f"memory://{uuid.uuid4().hex}", 107, shard_sessions=6, block_sessions=4)
+    return small_data_set()
 
 
 @pytest.fixture(scope="module")
 def movielens() -> DataSet:
     """943 sessions over 8 streams, as many as MovieLens-100k has users: streams of 117 and 118."""
-    return _write(f"memory://{uuid.uuid4().hex}", 943, shard_sessions=50, block_sessions=16)
-
-
-def _loader(
-    dataset: DataSet,
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 0,
-    window: int = 5,
-    batch_size: int = 16,
-    seed: int = 0,
-) -> SessionLoader:
-    config = LoaderConfig(workers=workers, shuffle_window=window)
-    return SessionLoader(dataset.data, dataset.manifest, config, batch_size, seed, rank, world)
+    return write(f"memory://{uuid.uuid4().hex}", 943, shard_sessions=50, block_sessions=16)
 
 
 @pytest.fixture
@@ -96,32 +60,6 @@ def workers_in_process(monkeypatch):
     monkeypatch.setattr(streams, "in_workers", in_process)
 
 
-def _take(loader: SessionLoader, steps: int | None = None) -> list[list[int]]:
-    """Session numbers of the next ``steps`` blocks (None: to the end of the epoch)."""
-    numbers = []
-    iterator = iter(loader)
-    while steps is None or len(numbers) < steps:
-        block = next(iterator, None)
-        if block is None:
-            break
-        numbers.append(block.sessions.tolist())
-    return numbers
-
-
-def _merge(parts: list[list[list[int]]]) -> list[list[int]]:
-    """The global batches of an epoch from each rank's blocks, joined in the order of the ranks."""
-    assert len({len(part) for part in parts}) == 1, "ranks differ in their number of steps"
-    return [[number for block in step for number in block] for step in zip(*parts, strict=True)]
-
-
-def _epoch(dataset: DataSet, world: int = 1, workers: int = 0, **settings) -> list[list[int]]:
-    return _merge([_take(_loader(dataset, rank, world, workers, **settings)) for rank in range(world)])
-
-
-def _flat(batches: list[list[int]]) -> list[int]:
-    return [number for batch in batches for number in batch]
-
-
 # Once an epoch, the same at every W
 
 
@@ -131,31 +69,31 @@ def test_every_session_comes_exactly_once_an_epoch(request, name):
     sizes = Counter(number % STREAMS for number in dataset.numbers)
     assert max(sizes.values()) - min(sizes.values()) <= 1
     for window in (1, 7, 1000):
-        assert sorted(_flat(_epoch(dataset, window=window))) == dataset.numbers
+        assert sorted(flat(epoch(dataset, window=window))) == dataset.numbers
 
 
 @pytest.mark.parametrize("world", range(2, STREAMS + 1))
 @pytest.mark.parametrize("window", [5, 1000])
 def test_global_batches_are_the_same_at_every_world_size(small, world, window):
-    assert _epoch(small, world, window=window) == _epoch(small, window=window)
+    assert epoch(small, world, window=window) == epoch(small, window=window)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_global_batches_are_the_same_for_any_number_of_workers(small, workers_in_process, world, workers):
-    assert _epoch(small, world, workers) == _epoch(small)
+    assert epoch(small, world, workers) == epoch(small)
 
 
 def test_943_sessions_over_8_streams_at_three_ranks_with_workers(movielens, workers_in_process):
-    batches = _epoch(movielens, world=3, workers=2, window=20)
-    assert batches == _epoch(movielens, window=20)
-    assert sorted(_flat(batches)) == movielens.numbers
+    batches = epoch(movielens, world=3, workers=2, window=20)
+    assert batches == epoch(movielens, window=20)
+    assert sorted(flat(batches)) == movielens.numbers
     # ceil(118 / 2): the longest stream decides.
     assert len(batches) == 59
 
 
 def test_a_batch_takes_its_share_of_every_stream_in_stream_order(small):
-    batches = _epoch(small, batch_size=24)
+    batches = epoch(small, batch_size=24)
     for batch in batches[:-1]:
         assert [number % STREAMS for number in batch] == [stream for stream in range(STREAMS) for _ in range(3)]
     last = [number % STREAMS for number in batches[-1]]
@@ -166,25 +104,25 @@ def test_a_batch_takes_its_share_of_every_stream_in_stream_order(small):
 def test_steps_are_known_from_the_manifest_and_equal_on_every_rank(small, batch_size, steps):
     for world in (1, 3, 8):
         for rank in range(world):
-            loader = _loader(small, rank, world, batch_size=batch_size)
+            loader = loader_of(small, rank, world, batch_size=batch_size)
             assert loader.steps_per_epoch == loader.steps_left == steps
-            assert len(_take(loader)) == steps
+            assert len(take(loader)) == steps
 
 
 def test_rank_with_nothing_left_yields_empty_blocks():
     # Nine sessions over 8 streams: in the second step only stream 0 has one.
-    dataset = _write(f"memory://{uuid.uuid4().hex}", 9)
-    assert [len(numbers) for numbers in _take(_loader(dataset, 0, 8, batch_size=8))] == [1, 1]
-    assert [len(numbers) for numbers in _take(_loader(dataset, 7, 8, batch_size=8))] == [1, 0]
+    dataset = write(f"memory://{uuid.uuid4().hex}", 9)
+    assert [len(numbers) for numbers in take(loader_of(dataset, 0, 8, batch_size=8))] == [1, 1]
+    assert [len(numbers) for numbers in take(loader_of(dataset, 7, 8, batch_size=8))] == [1, 0]
 
 
 def test_streams_without_any_session_are_served():
-    dataset = _write(f"memory://{uuid.uuid4().hex}", 3)
-    assert [sorted(batch) for batch in _epoch(dataset, world=8)] == [[0, 1, 2]]
+    dataset = write(f"memory://{uuid.uuid4().hex}", 3)
+    assert [sorted(batch) for batch in epoch(dataset, world=8)] == [[0, 1, 2]]
 
 
 def test_sessions_keep_their_events(small):
-    for block in _loader(small, window=3):
+    for block in loader_of(small, window=3):
         sequences = np.split(block.items, np.cumsum(block.lengths)[:-1])
         for number, sequence in zip(block.sessions, sequences, strict=True):
             np.testing.assert_array_equal(sequence, small.sessions[number])
@@ -195,23 +133,23 @@ def test_sessions_keep_their_events(small):
 
 @pytest.fixture(scope="module")
 def on_disk(tmp_path_factory) -> DataSet:
-    return _write(str(tmp_path_factory.mktemp("data")), 107, shard_sessions=6, block_sessions=4)
+    return write(str(tmp_path_factory.mktemp("data")), 107, shard_sessions=6, block_sessions=4)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize(("rank", "world", "workers"), [(0, 1, 3), (1, 3, 2)])
 def test_worker_processes_deliver_what_this_process_would(on_disk, rank, world, workers):
-    with_workers = _loader(on_disk, rank, world, workers)
-    without = _loader(on_disk, rank, world)
+    with_workers = loader_of(on_disk, rank, world, workers)
+    without = loader_of(on_disk, rank, world)
     for loader in (with_workers, without):
         loader.load_state_dict({"epoch": 2, "positions": [4] * STREAMS})
-    assert _take(with_workers) == _take(without)
+    assert take(with_workers) == take(without)
     assert with_workers.state_dict() == without.state_dict() == {"epoch": 3, "positions": [0] * STREAMS}
 
 
 def test_worker_processes_end_with_the_epoch(on_disk):
     before = set(multiprocessing.active_children())
-    _take(_loader(on_disk, workers=1))
+    take(loader_of(on_disk, workers=1))
     assert set(multiprocessing.active_children()) == before
 
 
@@ -220,7 +158,7 @@ def test_program_ends_though_its_workers_are_not_through(on_disk):
     program = (
         "import sys, tests.unit.test_streams as t\n"
         "from gru4recf_dist.data.shard_format import read_manifest\n"
-        "iterator = iter(t._loader(t.DataSet(sys.argv[1], read_manifest(sys.argv[1]), {}), workers=2))\n"
+        "iterator = iter(t.loader_of(t.DataSet(sys.argv[1], read_manifest(sys.argv[1]), {}), workers=2))\n"
         "next(iterator)\n"
     )
     subprocess.run([sys.executable, "-c", program, on_disk.data], check=True, timeout=60, cwd=Path(__file__).parents[2])
@@ -228,7 +166,7 @@ def test_program_ends_though_its_workers_are_not_through(on_disk):
 
 def test_a_worker_process_that_is_killed_is_one_line(on_disk):
     others = set(multiprocessing.active_children())
-    iterator = iter(_loader(on_disk, workers=1, batch_size=8))
+    iterator = iter(loader_of(on_disk, workers=1, batch_size=8))
     next(iterator)
     (worker,) = set(multiprocessing.active_children()) - others
     worker.kill()
@@ -239,11 +177,11 @@ def test_a_worker_process_that_is_killed_is_one_line(on_disk):
 
 
 def test_damaged_shard_in_a_worker_process_is_one_line_too(tmp_path):
-    dataset = _write(str(tmp_path), 16)
+    dataset = write(str(tmp_path), 16)
     shard = dataset.manifest.splits["train"].shards[3].url
     (tmp_path / shard).write_bytes(b"damaged")
     with pytest.raises(UserError) as caught:
-        _take(_loader(dataset, workers=1))
+        take(loader_of(dataset, workers=1))
     assert shard in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -252,25 +190,25 @@ def test_damaged_shard_in_a_worker_process_is_one_line_too(tmp_path):
 
 
 def test_same_seed_repeats_the_order_and_another_does_not(small):
-    assert _epoch(small, seed=3) == _epoch(small, seed=3)
-    assert _epoch(small, seed=3) != _epoch(small, seed=4)
+    assert epoch(small, seed=3) == epoch(small, seed=3)
+    assert epoch(small, seed=3) != epoch(small, seed=4)
 
 
 def test_epochs_differ_and_repeat_with_the_seed(small):
     def three_epochs(seed: int) -> list[list[list[int]]]:
-        loader = _loader(small, seed=seed)
-        return [_take(loader) for _ in range(3)]
+        loader = loader_of(small, seed=seed)
+        return [take(loader) for _ in range(3)]
 
     epochs = three_epochs(0)
     assert epochs == three_epochs(0)
-    assert len({tuple(_flat(epoch)) for epoch in epochs}) == 3
-    assert all(sorted(_flat(epoch)) == small.numbers for epoch in epochs)
+    assert len({tuple(flat(epoch)) for epoch in epochs}) == 3
+    assert all(sorted(flat(epoch)) == small.numbers for epoch in epochs)
 
 
 def _stream_order(dataset: DataSet, stream: int, window: int, epoch: int = 0, seed: int = 0) -> list[int]:
     shards = [shard for shard in dataset.manifest.splits["train"].shards if shard.stream == stream]
     taken = Stream(dataset.data, shards, (seed, epoch, stream), 0, window, dataset.manifest.items).take(10**6)
-    return _flat([block.sessions.tolist() for block in taken])
+    return flat([block.sessions.tolist() for block in taken])
 
 
 def test_streams_are_shuffled_differently(small):
@@ -328,7 +266,7 @@ def test_order_does_not_depend_on_how_much_is_taken_at_once(small, counts, windo
     shards = [shard for shard in small.manifest.splits["train"].shards if shard.stream == 0]
     stream = Stream(small.data, shards, (0, 0, 0), 0, window, small.manifest.items)
     taken = [columns.concatenate(stream.take(count)).sessions.tolist() for count in counts]
-    assert _flat(taken) == _stream_order(small, 0, window)
+    assert flat(taken) == _stream_order(small, 0, window)
     assert [len(part) for part in taken[:-1]] == counts[:-1]
     assert stream.take(5) == []
 
@@ -339,120 +277,32 @@ def test_stream_starts_at_any_position(small, window):
     whole = _stream_order(small, 0, window)
     for position in range(len(whole) + 1):
         taken = Stream(small.data, shards, (0, 0, 0), position, window, small.manifest.items).take(1000)
-        assert _flat([block.sessions.tolist() for block in taken]) == whole[position:], position
-
-
-# Resume
-
-
-@pytest.mark.parametrize("window", [3, 5, 1000])
-@pytest.mark.parametrize("done", [0, 1, 3, 6, 7])
-@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 3), (8, 2), (3, 5)])
-def test_resume_at_another_world_size_gives_the_same_remaining_batches(small, window, done, before, after):
-    uninterrupted = _loader(small, window=window)
-    expected = _take(uninterrupted) + _take(uninterrupted)
-    stopped = [_loader(small, rank, before, window=window) for rank in range(before)]
-    first = _merge([_take(loader, done) for loader in stopped]) if done else []
-    states = [loader.state_dict() for loader in stopped]
-    assert all(state == states[0] for state in states)
-    resumed = [_loader(small, rank, after, window=window) for rank in range(after)]
-    for loader in resumed:
-        loader.load_state_dict(states[0])
-    steps = len(expected) - done
-    rest: list[list[int]] = []
-    while len(rest) < steps:
-        rest += _merge([_take(loader) for loader in resumed])
-    assert first + rest == expected
-
-
-def test_state_is_a_few_integers_and_no_view_of_the_loader(small):
-    loader = _loader(small)
-    iterator = iter(loader)
-    next(iterator)
-    state = loader.state_dict()
-    assert state == {"epoch": 0, "positions": [2] * STREAMS}
-    next(iterator)
-    assert state == {"epoch": 0, "positions": [2] * STREAMS}
-
-
-def test_state_after_the_last_batch_is_the_next_epochs_beginning(small):
-    loader = _loader(small)
-    assert len(_take(loader, loader.steps_left)) == 7
-    assert loader.state_dict() == {"epoch": 1, "positions": [0] * STREAMS}
-
-
-@pytest.mark.parametrize(("before", "after"), [(16, 24), (24, 8), (8, 104), (40, 16)])
-def test_resume_with_another_batch_size_delivers_each_remaining_session_once(small, before, after):
-    loader = _loader(small, batch_size=before)
-    first = _take(loader, 2)
-    resumed = _loader(small, batch_size=after)
-    resumed.load_state_dict(loader.state_dict())
-    steps = resumed.steps_left
-    rest = _take(resumed)
-    assert len(rest) == steps
-    assert sorted(_flat(first) + _flat(rest)) == small.numbers
-    assert resumed.state_dict() == {"epoch": 1, "positions": [0] * STREAMS}
-
-
-def test_resume_opens_no_shard_that_lies_wholly_before_its_window(small, monkeypatch):
-    opened: list[str] = []
-    shard_class = streams.Shard
-
-    def recording(data, info, items, event_features):
-        opened.append(info.url)
-        return shard_class(data, info, items)
-
-    monkeypatch.setattr(streams, "Shard", recording)
-    shards = [shard for shard in small.manifest.splits["train"].shards if shard.stream == 0]
-    assert [shard.sessions for shard in shards] == [6, 6, 2]
-    # All shards' sizes are even: some windows of two begin exactly where a shard ends.
-    Stream(small.data, shards, (0, 0, 0), 0, 2, small.manifest.items).take(1000)
-    order, opened[:] = list(opened), []
-    sizes = {shard.url: shard.sessions for shard in shards}
-    ends = np.cumsum([sizes[url] for url in order])
-    for position in range(14):
-        opened.clear()
-        Stream(small.data, shards, (0, 0, 0), position, 2, small.manifest.items).take(1000)
-        window_start = position // 2 * 2
-        assert opened == [url for url, end in zip(order, ends, strict=True) if end > window_start], position
-
-
-@pytest.mark.parametrize("count", [4, 16])
-def test_state_of_another_number_of_streams_is_refused(small, count):
-    with pytest.raises(UserError, match=f"{count} streams.* {STREAMS}"):
-        _loader(small).load_state_dict({"epoch": 0, "positions": [0] * count})
-
-
-@pytest.mark.parametrize("position", [15, -1])
-def test_state_beyond_the_streams_end_is_refused(small, position):
-    # The data set was prepared anew under a checkpoint: going on would silently skip or never end an epoch.
-    with pytest.raises(UserError, match="stream"):
-        _loader(small).load_state_dict({"epoch": 0, "positions": [position] * STREAMS})
+        assert flat([block.sessions.tolist() for block in taken]) == whole[position:], position
 
 
 def test_sizes_that_do_not_fit_are_refused_when_the_loader_is_built(small):
     with pytest.raises(UserError, match="batch_size"):
-        _loader(small, batch_size=12)
+        loader_of(small, batch_size=12)
     with pytest.raises(UserError, match="9 ranks"):
-        _loader(small, world=9)
+        loader_of(small, world=9)
 
 
 def test_loading_draws_nothing_from_torchs_global_generator(small):
     before = torch.get_rng_state()
-    _take(_loader(small))
+    take(loader_of(small))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_block_is_what_the_packing_takes(small):
-    block = next(iter(_loader(small)))
+    block = next(iter(loader_of(small)))
     assert isinstance(block, Block)
     assert (block.items.dtype, block.lengths.dtype, block.sessions.dtype) == (np.int32, np.int32, np.int64)
 
 
 def test_missing_shard_ends_the_epoch_with_its_name():
-    dataset = _write(f"memory://{uuid.uuid4().hex}", 32)
+    dataset = write(f"memory://{uuid.uuid4().hex}", 32)
     shard = dataset.manifest.splits["train"].shards[-1].url
     storage.remove_tree(storage.join(dataset.data, shard))
     with pytest.raises(UserError) as caught:
-        _take(_loader(dataset))
+        take(loader_of(dataset))
     assert shard in str(caught.value)

@@ -54,3 +54,11 @@ def prepared(request, tmp_path) -> Callable[..., Prepared]:
         return run_on_duckdb
     request.getfixturevalue("spark_application")
     return run_on_both
+
+
+@pytest.fixture
+def raw(tmp_path) -> Path:
+    """A folder for a data set's raw files."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    return folder

@@ -114,3 +114,14 @@ def feature_values(data: Prepared, name: str) -> dict[str, object]:
         token: [texts[int(value)] for value in values[indptr[number] : indptr[number + 1]]]
         for token, number in data.ids.items()
     }
+
+
+def events_after(data: Prepared, step: str) -> int:
+    return next(row["events"] for row in data.manifest["report"] if row.get("step") == step)
+
+
+def standardized(values: dict[str, float], missing: list[str] = ()) -> dict[str, float | None]:
+    """All of ``values`` are of items with training events."""
+    numbers = np.array(list(values.values()))
+    scaled = (numbers - numbers.mean()) / numbers.std()
+    return {**dict(zip(values, scaled, strict=True)), **dict.fromkeys(missing)}

@@ -16,7 +16,7 @@ trap 'signalled=yes' USR1
 trap on_sigterm TERM
 
 # At the time limit SLURM sends SIGTERM, and after its KillWait SIGKILL, to this shell too: if the ranks do not end by
-# then, nothing that comes after them is ever run. The ranks keep what is left of their time.
+# then, nothing that comes after them is ever run. (srun gets it as well, and ends the ranks.)
 on_sigterm() {
   # shellcheck disable=SC2034 # read by the jobs
   signalled=yes

@@ -19,7 +19,7 @@ from gru4recf_dist.checkpoint_commits import COMMIT
 from tests.support.launched import rank_process
 
 ROOT = Path(__file__).parents[2]
-# A restart takes seconds; a start that is killed half-way takes torchrun the 30 s that it gives the other rank.
+# A restart takes seconds, but more on a machine that is busy; torchrun gives a rank that does not end 30 s.
 PATIENCE_SECONDS = 60
 
 T = TypeVar("T")

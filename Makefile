@@ -52,7 +52,7 @@ recbole-fixtures: .venv/.installed ## make tests/recbole/fixtures.tar.xz anew, b
 	"$$($(RECBOLE))" tests/recbole/make_fixtures.py
 
 chaos: .venv/.installed ## kill processes of a training run at random, 20 times (CHAOS_EVENTS), and compare its end bit by bit
-	CHAOS_EVENTS=$(or $(CHAOS_EVENTS),20) $(BIN)/python -m pytest -m chaos $(ARGS)
+	CHAOS_EVENTS=$(or $(CHAOS_EVENTS),20) $(BIN)/python -m pytest -m chaos tests/e2e $(ARGS)
 
 lint: .venv/.installed ## check format and style
 	$(BIN)/ruff format --check .

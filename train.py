@@ -8,6 +8,7 @@ from gru4recf_dist import stopping
 if __name__ == "__main__":
     # First of all: torch takes seconds to load, and a signal that comes meanwhile must not be lost.
     stopping.catch_signals()
+    stopping.end_if_others_do_not_come()
     from gru4recf_dist.train import main
 
     sys.exit(main(default_config=Path(__file__).parent / "configs" / "default.yaml"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 
 from gru4recf_dist.data import storage
@@ -28,9 +29,11 @@ class MetricsLog:
         self._file = GrowingFile(url, b"".join(kept), warn)
 
     def append(self, step: int, values: dict[str, float]) -> None:
-        """Add a line; one without `train/loss` repeats the last."""
+        """Add a line; one without `train/loss` repeats the last. What is not finite is null: JSON has no NaN."""
         self._loss = values.get("train/loss", self._loss)
-        self._file.append(json.dumps({"step": step, "train/loss": self._loss, **values}).encode() + b"\n")
+        line = {"step": step, "train/loss": self._loss, **values}
+        finite = {name: value if value is None or math.isfinite(value) else None for name, value in line.items()}
+        self._file.append(json.dumps(finite, allow_nan=False).encode() + b"\n")
 
     def finish(self, step: int, metrics: dict[str, float]) -> None:
         """Add what the run is judged by, and close."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -12,7 +13,9 @@ from gru4recf_dist.data import storage
 from gru4recf_dist.metrics_log import MetricsLog
 from gru4recf_dist.run_description import RunDescription
 from gru4recf_dist.shown_metrics import FINAL
-from gru4recf_dist.tensorboard_log import TensorBoardLog
+
+if TYPE_CHECKING:
+    from gru4recf_dist.tensorboard_log import TensorBoardLog
 
 # The first part of a scalar's name, by which TensorBoard groups them.
 GROUPS = ("train", "eval", "perf", "data", "table", "checkpoint")
@@ -53,6 +56,9 @@ class Monitor:
             MetricsLog(storage.join(run_dir, "metrics.jsonl"), keep, self.say)
         ]
         if config.tensorboard:
+            # A quarter of a second to import, which only one rank of a run needs.
+            from gru4recf_dist.tensorboard_log import TensorBoardLog
+
             self._logs.append(TensorBoardLog(storage.join(run_dir, "tensorboard"), description, keep, self.say))
         # On a terminal a bar; elsewhere it would fill the log with copies of itself.
         self._bar = tqdm(

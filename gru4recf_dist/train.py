@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from gru4recf_dist import config as configuration
-from gru4recf_dist import recommender, trained_run, typed_yaml, warm_start
+from gru4recf_dist import recommender, stopping, trained_run, typed_yaml, warm_start
 from gru4recf_dist.checkpoint_commits import newest_step
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import assignment, storage
@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None, default_config: Path | None = None) -> i
         storage.write_bytes(storage.join(config.run_dir, name), content)
 
     with process_ranks.running(config.device, config.timeout_seconds, keep) as ranks:
+        stopping.everyone_is_here()
         # Rank 0 decides: what a shared file system shows to different machines may differ for a while.
         if from_first(ranks, lambda: is_finished(config)):
             if ranks.is_first:

@@ -6,13 +6,28 @@
 
 log_dir=${LOG_DIR:-runs/slurm}
 attempt=${SLURM_RESTART_COUNT:-0}
-# shellcheck disable=SC2034 # read by the jobs
+# What a job that goes on where it was ended sets: at the time limit it is then requeued.
+goes_on=
+# This shell must outlive srun to put the job back into the queue.
 signalled=
-# This shell must outlive srun to put the job back into the queue. Bash runs the trap when srun has ended, soon enough.
-trap 'signalled=yes' TERM USR1
+requeued=
+step=
+trap 'signalled=yes' USR1
+trap on_sigterm TERM
+
+# At the time limit SLURM sends SIGTERM, and after its KillWait SIGKILL, to this shell too: if the ranks do not end by
+# then, nothing that comes after them is ever run. (srun gets it as well, and ends the ranks.)
+on_sigterm() {
+  # shellcheck disable=SC2034 # read by the jobs
+  signalled=yes
+  if [[ -n $goes_on && -n $step ]] && is_out_of_time; then
+    requeue "out of time"
+  fi
+}
 
 # run_on_nodes ARGUMENTS: launch/torchrun_node.sh with them on every node; returns the status of the worst.
 run_on_nodes() {
+  local status=0
   mkdir -p "$log_dir"
   head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   export NNODES=$SLURM_JOB_NUM_NODES
@@ -22,7 +37,15 @@ run_on_nodes() {
   echo "attempt $attempt on $SLURM_JOB_NODELIST, logs in $log_dir/$SLURM_JOB_ID-*.log"
   # cpu-bind: SLURM may otherwise bind the one task of a node, and so all its ranks, to a single core.
   srun --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --cpu-bind=none \
-    --kill-on-bad-exit=1 --open-mode=append --output="$log_dir/%j-%N.log" launch/torchrun_node.sh "$@"
+    --kill-on-bad-exit=1 --open-mode=append --output="$log_dir/%j-%N.log" launch/torchrun_node.sh "$@" &
+  step=$!
+  # Only while it waits for a process in the background does bash run a trap at once, and `wait` returns early then.
+  while kill -0 "$step" 2>/dev/null; do
+    wait "$step" || true
+  done
+  wait "$step" || status=$?
+  step=
+  return "$status"
 }
 
 # a_node_is_lost: whether one of the job's nodes does not answer. SLURM finds that out only after its SlurmdTimeout; ranks
@@ -31,16 +54,28 @@ a_node_is_lost() {
   ! timeout "${NODE_TIMEOUT:-60}" srun --overlap --ntasks-per-node=1 --cpu-bind=none true >/dev/null 2>&1
 }
 
+# is_out_of_time: whether the job is being ended because of its time limit. Its state is COMPLETING then, as it is after
+# scancel; only the reason tells them apart.
+is_out_of_time() {
+  [[ $(shown_job) =~ \ JobState=(TIMEOUT|COMPLETING)\ Reason=TimeLimit\  ]]
+}
+
+shown_job() {
+  scontrol show job --oneliner "$SLURM_JOB_ID" || true
+}
+
 # requeue REASON: puts the job back into the queue, unless SLURM has decided about it already: a job that lost a node or
-# was preempted is requeued anyway, and one that was cancelled must not come back.
+# was preempted is requeued anyway, and one that was cancelled must not come back. A job that cannot go on where it was
+# ended would reach its time limit again and again.
 requeue() {
-  local state
-  state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*' || true)
-  case $state in
-    JobState=RUNNING | JobState=TIMEOUT)
-      echo "$1, back into the queue"
-      scontrol requeue "$SLURM_JOB_ID"
-      ;;
-    *) echo "$1 ($state)" ;;
-  esac
+  if [[ -n $requeued ]]; then
+    return
+  fi
+  if [[ $(shown_job) == *" JobState=RUNNING "* ]] || { [[ -n $goes_on ]] && is_out_of_time; }; then
+    echo "$1, back into the queue"
+    requeued=yes
+    scontrol requeue "$SLURM_JOB_ID"
+  else
+    echo "$1 ($(shown_job | grep -o 'JobState=[A-Z_]*'))"
+  fi
 }

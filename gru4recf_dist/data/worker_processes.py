@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from gru4recf_dist.errors import UserError
 
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
+# How long a worker may be dead before it is noticed. torch looks every 5 s, as it counts on SIGCHLD; but workers are
+# children of the fork server.
+_LOOK_SECONDS = 0.5
 
 
 def in_workers(dataset: IterableDataset, workers: int) -> Generator[Any]:
@@ -48,6 +52,7 @@ def in_workers(dataset: IterableDataset, workers: int) -> Generator[Any]:
         loaded = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, unmasked)
+    loaded._try_get_data = functools.partial(loaded._try_get_data, _LOOK_SECONDS)
     processes = set(multiprocessing.active_children()) - others
 
     def end() -> None:

@@ -89,6 +89,8 @@ def test_skipping_goes_on_without_the_batch_on_every_rank(tmp_path, data):  # no
         assert {step for step, same in result["weights"].items() if same} == set(broken)
     lines = logged_lines(tmp_path / "run")
     assert all(np.isfinite(line["train/loss"]) for line in lines if line["step"] not in broken)
+    norms = {line["step"]: line["train/gradient_norm"] for line in lines if "train/lr" in line}
+    assert norms[2] is norms[7] is None and norms[1] > 0 and norms[9] > 0
     assert [line["train/skipped_steps"] for line in lines if "train/skipped_steps" in line][-1] == 3
     assert {path.name for path in (tmp_path / "run" / "non-finite").iterdir()} == {f"step-{step}" for step in broken}
 

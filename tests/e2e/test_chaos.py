@@ -30,9 +30,9 @@ SEED = int(os.environ.get("CHAOS_SEED", "0"))
 pytestmark = [pytest.mark.chaos, pytest.mark.e2e, pytest.mark.dist, pytest.mark.timeout(240 + 30 * EVENTS)]
 
 WORLD = 2
-STEPS_PER_EPOCH = 40
-# An epoch for each event, so that they come in any part of one, and two in which the run may come to its end.
-EPOCHS = EVENTS + 2
+STEPS_PER_EPOCH = 20
+# An epoch for each event, so that they come in any part of one, and some in which the run may come to its end.
+EPOCHS = EVENTS + 4
 SESSIONS = random_sessions(0, STEPS_PER_EPOCH * 16, items=200, longest=6)
 OPTIONS = (
     "max_steps=null",
@@ -64,8 +64,8 @@ def undisturbed(data, tmp_path_factory) -> Path:
 def run(data, tmp_path) -> Iterator[ChaosRun]:
     config = small_config(data, tmp_path / "run", *OPTIONS, "loader.workers=1")
     (tmp_path / "config.yaml").write_text(typed_yaml.dump(config))
-    # One restart: the ranks are started anew by torchrun, and the whole run again when that is used up.
-    run = ChaosRun(tmp_path, max_restarts=1)
+    # The ranks are started anew by torchrun, and the whole run again when that is used up.
+    run = ChaosRun(tmp_path, max_restarts=2)
     try:
         yield run
     finally:

@@ -20,6 +20,7 @@ from gru4recf_dist.config import Config
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.trainer import Trainer
 from tests.dist.test_world_size_equality import relative_error
+from tests.support.launched import rank_processes
 from tests.support.ranks import run_ranks
 from tests.support.s3 import free_ports
 from tests.support.synthetic import random_sessions, write_dataset
@@ -75,10 +76,8 @@ class Node:
 
     def rank(self) -> psutil.Process:
         """The process of its rank."""
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if "RANK" in process.environ():
-                    return process
+        for _, process in rank_processes(self.process.pid):
+            return process
         raise AssertionError(f"no rank:\n{self.log.read_text()[-3000:]}")
 
     def kill(self) -> None:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from gru4recf_dist import typed_yaml
+from tests.support.launched import rank_process
 from tests.support.synthetic import random_sessions, write_dataset
 from tests.support.training import logged_lines, small_config
 
@@ -38,7 +39,7 @@ def test_a_frozen_rank_is_named_and_the_others_end_with_one_line_each(tmp_path):
         )
     try:
         wait_for(lambda: len(logged_lines(tmp_path / "run")) > 5, log)
-        frozen = rank_process(launcher.pid, "1")
+        frozen = rank_process(launcher.pid, 1)
         frozen.send_signal(signal.SIGSTOP)
         wait_for(lambda: "warning: step" in log.read_text(), log)
         wait_for(lambda: log.read_text().count("error: rank") == 2, log)
@@ -58,14 +59,6 @@ def test_a_frozen_rank_is_named_and_the_others_end_with_one_line_each(tmp_path):
     assert "silent for" in text and "stopped, or gone" in text
     # torchrun prints one of its own after that.
     assert "Traceback" not in text[: text.rindex("error: rank")]
-
-
-def rank_process(launcher: int, rank: str) -> psutil.Process:
-    for process in psutil.Process(launcher).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("RANK") == rank:
-                return process
-    raise AssertionError(f"no rank {rank}")
 
 
 def wait_for(what, log: Path, seconds: float = 90) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -56,9 +57,14 @@ class Run:
         """Of train.py."""
         return _arguments(small_config(self.data, self.folder, *OPTIONS))
 
-    def submit(self, nodes: str, *options: str) -> Job:
+    def submit(self, nodes: str) -> Job:
         """Submit it to two nodes, such as `n[1-2]`."""
-        return self.cluster.submit("launch/train.sbatch", *self.arguments, options=(f"--nodelist={nodes}", *options))
+        return self.cluster.submit("launch/train.sbatch", *self.arguments, options=(f"--nodelist={nodes}",))
+
+    @property
+    def search_path(self) -> str:
+        """Where jobs look for programs."""
+        return self.cluster.environment["PATH"]
 
     @property
     def steps(self) -> list[int]:
@@ -94,7 +100,7 @@ def undisturbed(data, tmp_path_factory) -> dict[str, torch.Tensor]:
     return whole(run_ranks(WORLD, train, folder, small_config(data, folder / "run", *OPTIONS)))
 
 
-# Each interrupts a job and sees it to its end. Two at a time run side by side, on two nodes each.
+# Each interrupts a job and sees it to its end. Lanes run side by side, the first two on two nodes each.
 
 
 def signalled(run: Run) -> Job:
@@ -155,7 +161,34 @@ def out_of_time(run: Run) -> Job:
     return job
 
 
-LANES: list[list[Callable[[Run], Job]]] = [[signalled, preempted, cancelled], [out_of_time, node_lost]]
+# In torchrun's place: ranks that do not stop, whatever signal they get, and go on sleeping until they are killed.
+_DOES_NOT_STOP = """#!/bin/sh
+[ -z "$SLURM_RESTART_COUNT" ] || exec {torchrun} "$@"
+trap '' TERM USR1
+exec sleep 600
+"""
+
+
+def not_stopped_in_time(run: Run) -> Job:
+    programs = run.data.parent / "programs"
+    programs.mkdir()
+    (programs / "torchrun").write_text(_DOES_NOT_STOP.format(torchrun=shutil.which("torchrun", path=run.search_path)))
+    (programs / "torchrun").chmod(0o755)
+    # A minute is the shortest limit. The signal ahead of it is of no use here, and must not come before torchrun.
+    options = ("--nodelist=n3", "--time=1", "--signal=USR1@5", f"--export=ALL,PATH={programs}:{run.search_path}")
+    job = run.cluster.submit("launch/train.sbatch", *run.arguments, "max_steps=20", options=options)
+    job.wait_for(lambda: job.show("Restarts") == "1")
+    run.cluster.command("scontrol", "update", f"jobid={job.number}", "timelimit=30")
+    job.wait()
+    return job
+
+
+# The last one mostly waits, beside a job on its node; so it has a lane of its own.
+LANES: list[list[Callable[[Run], Job]]] = [
+    [signalled, preempted, cancelled],
+    [out_of_time, node_lost],
+    [not_stopped_in_time],
+]
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +241,15 @@ def test_an_interrupted_job_goes_on_and_ends_bit_equal(kind, interrupted, undist
     assert states.keys() == undisturbed.keys()
     for name, tensor in undisturbed.items():
         assert torch.equal(states[name], tensor), name
+
+
+def test_a_job_whose_ranks_do_not_stop_by_the_time_limit_comes_back(interrupted):
+    run, future = interrupted["not_stopped_in_time"]
+    job = future.result()
+    assert (job.show("JobState"), job.show("Restarts")) == ("COMPLETED", "1"), job.story
+    assert job.output.count("back into the queue") == job.output.count("out of time, back into the queue") == 1
+    result = json.loads((run.folder / "result.json").read_text())
+    assert (result["steps"], result["world_size"]) == (20, 1)
 
 
 def test_a_configuration_error_is_not_requeued(cluster, data):

@@ -16,9 +16,10 @@ from typing import TypeVar
 import psutil
 
 from gru4recf_dist.checkpoint_commits import COMMIT
+from tests.support.launched import rank_process
 
 ROOT = Path(__file__).parents[2]
-# A restart takes seconds; a start that is killed half-way takes torchrun the 30 s that it gives the other rank.
+# A restart takes seconds, but more on a machine that is busy; torchrun gives a rank that does not end 30 s.
 PATIENCE_SECONDS = 60
 
 T = TypeVar("T")
@@ -76,11 +77,7 @@ class ChaosRun:
 
     def rank(self, number: int) -> psutil.Process | None:
         """The process of one rank."""
-        torchrun = self.torchrun()
-        for process in torchrun.children() if torchrun else []:
-            if process.environ().get("RANK") == str(number):
-                return process
-        return None
+        return rank_process(self._script.pid, number)
 
     def loader_worker(self, rank: int) -> psutil.Process | None:
         """The loader worker of one rank: its only grandchild, forked by the server of Python's `forkserver`."""
@@ -146,6 +143,7 @@ class ChaosRun:
             for process in left:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
-            psutil.wait_procs(left, timeout=10)
+            # Not until they are reaped: that is up to this machine's init, and takes it seconds.
+            time.sleep(0.01)
         if self._script is not None:
             self._script.wait()

@@ -44,7 +44,13 @@ def small_config(data: Any, run_dir: Any, *overrides: str) -> Config:
 def logged_lines(run_dir: Path) -> list[dict[str, Any]]:
     """What a run, which may be going on, has logged so far; a line that is being written is left out."""
     path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line, parse_constant=_refuse) for line in lines]
+
+
+def _refuse(constant: str) -> None:
+    """NaN and Infinity, which Python writes and reads but no other reader of JSON knows."""
+    raise AssertionError(f"metrics.jsonl holds {constant}")
 
 
 def train(ranks: Ranks, config: Config) -> dict[str, torch.Tensor]:

@@ -49,7 +49,7 @@ sys.exit(int(os.environ.get("CHECK_STATUS") or (finished if "--finished" in sys.
 if sys.argv[1:3] == ["show", "hostnames"]:
     print("n1", "n2", sep="\\n")
 if sys.argv[1:3] == ["show", "job"]:
-    print(f"JobId=4321 JobName=x JobState={os.environ.get('STATE', 'RUNNING')} Reason=None")
+    print(f"JobId=4321 JobName=x JobState={os.environ.get('STATE', 'RUNNING Reason=None')} Dependency=(null)")
 """,
 }
 
@@ -349,7 +349,13 @@ def test_job_that_stopped_at_a_checkpoint_queues_again(checkout):
 
 
 @pytest.mark.parametrize(
-    ("state", "requeued"), [("RUNNING", True), ("TIMEOUT", True), ("CANCELLED", False), ("PREEMPTED", False)]
+    ("state", "requeued"),
+    [
+        ("RUNNING Reason=None", True),
+        ("COMPLETING Reason=TimeLimit", True),
+        ("COMPLETING Reason=None", False),
+        ("PENDING Reason=BeginTime", False),
+    ],
 )
 def test_job_that_a_signal_ended_queues_again_unless_slurm_has_decided(checkout, state, requeued):
     # As from SLURM: to every process, the batch script among them.
@@ -357,7 +363,38 @@ def test_job_that_a_signal_ended_queues_again_unless_slurm_has_decided(checkout,
     checkout.write_program("srun", STUBS["srun"].replace("import subprocess\n", stub))
     finished = checkout.sbatch(TORCHRUN_STATUS="7", STATE=state)
     assert finished.returncode == 7, finished.stderr
-    assert (["requeue", "4321"] in checkout.calls("scontrol")) == requeued
+    assert checkout.calls("scontrol").count(["requeue", "4321"]) == requeued
+
+
+@pytest.mark.parametrize(
+    ("script", "state", "requeued"),
+    [
+        ("train.sbatch", "COMPLETING Reason=TimeLimit", True),
+        # By scancel, or by one who wants a checkpoint; what becomes of it is seen when the ranks have ended.
+        ("train.sbatch", "COMPLETING Reason=None", False),
+        ("train.sbatch", "RUNNING Reason=None", False),
+        # It would begin anew, and reach its limit again.
+        ("evaluate.sbatch", "COMPLETING Reason=TimeLimit", False),
+    ],
+)
+def test_job_out_of_time_queues_again_before_its_ranks_end(checkout, script, state, requeued):
+    # Ranks that do not end by SIGTERM; here they do when the job is back in the queue, or has had the time for it.
+    stub = """
+import os, signal, time
+os.kill(os.getppid(), signal.SIGTERM)
+deadline = time.monotonic() + float(os.environ["PATIENCE"])
+while '"requeue"' not in open(os.environ["CALLS"]).read() and time.monotonic() < deadline:
+    time.sleep(0.02)
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write('["the ranks ended", [], {}]\\n')
+sys.exit(7)
+"""
+    checkout.write_program("srun", RECORDER + "if sys.argv[-1] == 'true':\n    sys.exit()\n" + stub)
+    assert checkout.sbatch(script=script, STATE=state, PATIENCE="30" if requeued else "1").returncode == 7
+    calls = [[name, *arguments] for name, arguments, _ in checkout.records()]
+    before = calls[: calls.index(["the ranks ended"])]
+    assert (["scontrol", "requeue", "4321"] in before) == requeued
+    assert calls.count(["scontrol", "requeue", "4321"]) == (requeued or "RUNNING" in state)
 
 
 def test_job_submitted_elsewhere_says_so(checkout):

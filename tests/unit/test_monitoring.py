@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import uuid
 from pathlib import Path
@@ -83,6 +84,17 @@ def test_each_call_is_one_line(run_dir):
     assert _lines(run_dir) == [
         {"step": 1, "train/loss": 0.5, "perf/events_per_second": 10.0},
         {"step": 2, "train/loss": 0.25},
+    ]
+
+
+def test_what_is_not_finite_is_null(run_dir):
+    _log(run_dir, [1], offset=math.nan)
+    monitor = _monitor(run_dir, first_step=1)
+    monitor.scalars(2, {"train/loss": 0.5, "train/gradient_norm": math.nan, "table/gradient_norm": -math.inf})
+    monitor.close()
+    assert storage.read_bytes(storage.join(run_dir, "metrics.jsonl")).decode().splitlines() == [
+        '{"step": 1, "train/loss": null}',
+        '{"step": 2, "train/loss": 0.5, "train/gradient_norm": null, "table/gradient_norm": null}',
     ]
 
 

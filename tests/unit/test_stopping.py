@@ -66,3 +66,59 @@ def test_a_wish_from_before_the_start_is_in_a_file(tmp_path, there):
     process = start(0, STOP_FILE=str(tmp_path / "stop"))
     assert process.stdout.readline() == ("requested\n" if there else "ready\n")
     process.communicate()
+
+
+# Started by torchrun: waits for the others where no handler of Python can run, as torch does in C++, or has met them.
+STARTING = """
+import ctypes, os, signal, sys
+from gru4recf_dist import stopping
+stopping.FILE_SECONDS = float(sys.argv[1])
+stopping.catch_signals()
+stopping.end_if_others_do_not_come()
+if sys.argv[2] == "met":
+    stopping.everyone_is_here()
+    stopping.everyone_is_here()
+for number in stopping.SIGNALS:
+    signal.siginterrupt(number, False)
+print("ready", flush=True)
+ctypes.CDLL(None).read(0, ctypes.create_string_buffer(1), 1)
+print(stopping.requested(), flush=True)
+"""
+
+
+def start_rank(file_seconds: float, state: str, stop_file: Path) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTING, str(file_seconds), state],
+        cwd=ROOT,
+        env={**os.environ, "STOP_FILE": str(stop_file)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_starting_rank_ends_when_torchrun_ends_it_for_another_that_has_failed(tmp_path):
+    process = start_rank(0.1, "waiting", tmp_path / "stop")
+    process.send_signal(signal.SIGTERM)
+    # Nobody writes to it, so it hangs where it is.
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("state", "number", "file_seconds", "file_comes"),
+    [
+        ("waiting", signal.SIGTERM, 1000, True),
+        ("waiting", signal.SIGUSR1, 0, False),
+        ("met", signal.SIGTERM, 0, False),
+    ],
+)
+def test_a_wish_to_stop_does_not_end_a_starting_rank(tmp_path, state, number, file_seconds, file_comes):
+    process = start_rank(file_seconds, state, tmp_path / "stop")
+    process.send_signal(number)
+    if file_comes:
+        (tmp_path / "stop").touch()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+    assert process.communicate("\n")[0] == "True\n" and process.returncode == 0

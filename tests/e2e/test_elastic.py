@@ -36,6 +36,9 @@ OPTIONS = (
     "checkpoint.every_epochs=null",
     "checkpoint.every_steps=20",
 )
+# ||a - b|| / ||b|| of every weight and every optimizer's state after the 640 steps. Measured with four seeds, it is at
+# most 9e-7 between undisturbed runs on 1 and on 2 or 4 ranks, and 1e-6 between these and runs on 2, 1, 2 or 1, 2, 1, 2.
+LARGEST_ERROR = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +140,7 @@ def check_result(nodes: Nodes, undisturbed: dict[str, torch.Tensor], tmp_path: P
     assert (result["steps"], result["world_size"]) == (STEPS, world)
     state = whole(run_ranks(1, final_state_of, tmp_path, nodes.config))
     for name, tensor in undisturbed.items():
-        assert relative_error(state[name], tensor) < 1e-3, name
+        assert relative_error(state[name], tensor) <= LARGEST_ERROR, name
 
 
 def test_a_killed_rank_is_started_anew(nodes, undisturbed, tmp_path):

@@ -38,14 +38,15 @@ def main(command: list[str]) -> int:
         nonlocal first
         # Before the signal: a rank that cannot catch it yet finds the file.
         stop_file.touch()
+        # The time before all that takes some: the next signal may come while this one is still passed on.
+        now = time.monotonic()
+        first = now if first is None else first
+        if now - first > COPIES_SECONDS:
+            # It would otherwise take the end of the ranks for a failure, and start them anew if it may.
+            torchrun.send_signal(signal.SIGINT)
         for rank in children(torchrun.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank, number)
-        if first is None:
-            first = time.monotonic()
-        elif time.monotonic() - first > COPIES_SECONDS:
-            # It would otherwise take the end of the ranks for a failure, and start them anew if it may.
-            torchrun.send_signal(signal.SIGINT)
 
     for number in SIGNALS:
         signal.signal(number, pass_on)

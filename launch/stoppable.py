@@ -14,8 +14,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from queue import SimpleQueue
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # As in gru4recf_dist/stopping.py, where the ranks take what comes within this time of the first signal for a copy.
@@ -32,29 +34,34 @@ def main(command: list[str]) -> int:
     # The second variable is torchrun's --signals-to-handle, which would include SIGTERM.
     environment = {"STOP_FILE": str(stop_file), "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT"}
     torchrun = subprocess.Popen(command, env={**os.environ, **environment})
-    first: float | None = None
-
-    def pass_on(number: int, frame: object) -> None:
-        nonlocal first
-        # Before the signal: a rank that cannot catch it yet finds the file.
-        stop_file.touch()
-        # The time before all that takes some: the next signal may come while this one is still passed on.
-        now = time.monotonic()
-        first = now if first is None else first
-        if now - first > COPIES_SECONDS:
-            # It would otherwise take the end of the ranks for a failure, and start them anew if it may.
-            torchrun.send_signal(signal.SIGINT)
-        for rank in children(torchrun.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rank, number)
-
+    # A handler may interrupt itself, so that it must do little: a busy machine takes longer to find the ranks than the
+    # next signal takes to come.
+    arrived: SimpleQueue[tuple[int, float]] = SimpleQueue()
     for number in SIGNALS:
-        signal.signal(number, pass_on)
+        signal.signal(number, lambda number, frame: arrived.put((number, time.monotonic())))
+    threading.Thread(target=pass_on, args=(arrived, torchrun, stop_file), daemon=True).start()
     try:
         status = torchrun.wait()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return status if status >= 0 else 128 - status
+
+
+def pass_on(arrived: SimpleQueue[tuple[int, float]], torchrun: subprocess.Popen, stop_file: Path) -> None:
+    """Pass signals, given with the time when they arrived, on to the ranks."""
+    first: float | None = None
+    while True:
+        number, when = arrived.get()
+        first = when if first is None else first
+        # Before the signal: a rank that cannot catch it yet finds the file. Its folder is gone when torchrun has ended.
+        with contextlib.suppress(FileNotFoundError):
+            stop_file.touch()
+        for rank in children(torchrun.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, number)
+        if when - first > COPIES_SECONDS:
+            # It would otherwise take the end of the ranks for a failure, and start them anew if it may.
+            torchrun.send_signal(signal.SIGINT)
 
 
 def children(parent: int) -> list[int]:

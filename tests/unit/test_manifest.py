@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
-
 import pytest
 
 from gru4recf_dist.data import storage
@@ -17,16 +15,6 @@ from gru4recf_dist.data.shard_format import (
     write_manifest,
 )
 from gru4recf_dist.errors import UserError
-
-
-@pytest.fixture(params=["file", "memory"])
-def data(request, tmp_path) -> str:
-    return f"file://{tmp_path}" if request.param == "file" else f"memory://{uuid.uuid4().hex}"
-
-
-@pytest.fixture
-def memory() -> str:
-    return f"memory://{uuid.uuid4().hex}"
 
 
 def _manifest() -> Manifest:

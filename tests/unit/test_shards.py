@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 import tarfile
-import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,16 +28,6 @@ SESSIONS = random_sessions(0, 12, 20)
 BLOCKS = [to_block(SESSIONS[:5]), to_block(SESSIONS[5:], 5)]
 CONTENT = encode_shard(BLOCKS, "s")
 SHARD = "train/s.tar"
-
-
-@pytest.fixture(params=["file", "memory"])
-def data(request, tmp_path) -> str:
-    return f"file://{tmp_path}" if request.param == "file" else f"memory://{uuid.uuid4().hex}"
-
-
-@pytest.fixture
-def memory() -> str:
-    return f"memory://{uuid.uuid4().hex}"
 
 
 # N of the shards written here.

@@ -7,7 +7,6 @@ import re
 
 import pytest
 
-from gru4recf_dist import errors
 from gru4recf_dist.data import attempts, filesystems, storage
 from gru4recf_dist.data.storage_config import StorageConfig
 from gru4recf_dist.errors import UserError
@@ -22,13 +21,6 @@ def pauses(monkeypatch) -> list[float]:
     made: list[float] = []
     monkeypatch.setattr("tenacity.nap.time.sleep", made.append)
     return made
-
-
-@pytest.fixture(autouse=True)
-def settings(monkeypatch):
-    monkeypatch.setattr(filesystems, "_settings", StorageConfig())
-    monkeypatch.setattr(attempts, "_answered", set())
-    monkeypatch.setattr(errors, "_hidden", set())
 
 
 def _configure(**changes) -> None:

@@ -53,8 +53,7 @@ def running():
 
 
 @pytest.fixture
-def server(running, monkeypatch) -> HttpFiles:
-    monkeypatch.setattr(filesystems, "_settings", StorageConfig())
+def server(running) -> HttpFiles:
     running.files = {"x": CONTENT}
     running.requests.clear()
     running.fault = lambda name, earlier: ""

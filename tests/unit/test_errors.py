@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from gru4recf_dist import errors
 from gru4recf_dist.errors import UserError, exits_cleanly
 
 PROGRAM = """
@@ -47,7 +46,6 @@ def test_user_error_is_one_line_on_stderr_and_exit_code_2(rank, mode, speaks):
 
 @pytest.fixture
 def quiet_ranks(monkeypatch):
-    monkeypatch.setattr(errors, "_every_rank_reports", False)
     monkeypatch.delenv("RANK", raising=False)
 
 

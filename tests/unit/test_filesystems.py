@@ -24,14 +24,9 @@ from tests.support.synthetic import random_sessions, write_dataset
 
 
 @pytest.fixture(autouse=True)
-def settings(monkeypatch):
-    monkeypatch.setattr(filesystems, "_settings", StorageConfig())
-    monkeypatch.setattr(errors, "_hidden", set())
-    monkeypatch.setattr(errors, "_every_rank_reports", False)
+def environment(monkeypatch):
     for name in ("RANK", *filesystems._SECRET_VARIABLES):
         monkeypatch.delenv(name, raising=False)
-    # What `configure` adds goes away with the test.
-    monkeypatch.setattr(fsspec.config, "conf", {})
 
 
 # Secrets

@@ -31,8 +31,7 @@ def running():
 
 
 @pytest.fixture
-def server(running, monkeypatch) -> HttpFiles:
-    monkeypatch.setattr(filesystems, "_settings", StorageConfig())
+def server(running) -> HttpFiles:
     _configure()
     running.files = {"x": CONTENT, "empty": b""}
     running.requests.clear()

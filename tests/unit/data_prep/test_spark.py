@@ -217,13 +217,13 @@ def test_shard_that_cannot_be_written_is_one_line(tmp_path):
             list(engine.run_sorted(table, ["number"], ["number"], ["number"], task))
 
 
-def test_executors_reach_storage_with_the_recipes_settings(monkeypatch):
+def test_executors_reach_storage_with_the_recipes_settings():
     from data_prep.engine import open_engine
     from gru4recf_dist.data import filesystems
     from gru4recf_dist.data.storage_config import StorageConfig
     from tests.unit.data_prep.prepared import make
 
-    monkeypatch.setattr(filesystems, "_settings", StorageConfig(attempts=3))
+    filesystems.configure(StorageConfig(attempts=3))
 
     def task(batches):
         from gru4recf_dist.data import filesystems

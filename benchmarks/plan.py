@@ -44,9 +44,9 @@ CASES = {
 
 @exits_cleanly
 def main() -> None:
-    """Print the table; with ``--worker`` be one rank of a measurement."""
+    """Print the table; with ``--folder`` be one rank of a measurement."""
     arguments = _parse()
-    if arguments.worker:
+    if arguments.folder:
         _measure(arguments)
         return
     lines = [["", "ranks", "planned ms", "measured ms", "CPU ms", "planned / measured", "of which"]]
@@ -69,8 +69,8 @@ def _line(case: str, ranks: int, rounds: list[dict]) -> list[str]:
 
 
 def _rounds(arguments: argparse.Namespace, ranks: int, case: str, folder: str) -> list[dict]:
-    given = ["--worker", f"--rounds={arguments.rounds}", f"--steps={arguments.steps}", *SETTINGS, *CASES[case]]
-    given += [*arguments.overrides, f"data={folder}/data", f"run_dir={folder}/run"]
+    given = [f"--folder={folder}", f"--rounds={arguments.rounds}", f"--steps={arguments.steps}"]
+    given += [*SETTINGS, *CASES[case], *arguments.overrides]
     done = launch(ranks, "benchmarks.plan", *given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -79,11 +79,10 @@ def _rounds(arguments: argparse.Namespace, ranks: int, case: str, folder: str) -
 
 def _measure(arguments: argparse.Namespace) -> None:
     """One rank: the parts of a step as planned in each round, and the median of its steps; in seconds."""
-    data = next(text for text in arguments.overrides if text.startswith("data="))
     with process_ranks.running("cpu", timeout_seconds=300) as ranks:
-        given = plan.parse([*arguments.overrides, f"--{data}", f"--gpus={ranks.world}"])
+        given = plan.parse([*arguments.overrides, f"--data={arguments.folder}/data", f"--gpus={ranks.world}"])
         workload = plan.workload_of(given)
-        config = workload.config.model_copy(update={"run_dir": given.overrides[-1].removeprefix("run_dir=")})
+        config = workload.config.model_copy(update={"run_dir": f"{arguments.folder}/run"})
         counts, trainer, rounds = expected_counts(workload), Trainer(config, ranks), []
         machine = speed.Machine(ranks_per_node=ranks.world)
         with closing(_batches(trainer)) as batches:
@@ -121,7 +120,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--events", type=int, default=400_000)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8, help="of a round")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args()
 

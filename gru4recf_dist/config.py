@@ -138,6 +138,7 @@ class LossConfig(Section):
     alpha: NonNegativeFloat = Field(0.75, description="popularity sampler: drawn in proportion to count ** alpha")
     logq: Literal["exact", "classic", "off"] = "exact"
     regularization: NonNegativeFloat = Field(1.0, description="bpr_max only: on the negatives' scores")
+    elu: NonNegativeFloat = Field(0.0, description="alpha of the ELU that scores pass before GRU4Rec's losses; 0: none")
     block_rows: PositiveInt = Field(256, description="rows of logits that exist at a time")
 
     @property

@@ -111,5 +111,6 @@ class Objective:
             torch.from_numpy(negatives.counts).to(queries.device),
             losses.columns_of(targets, torch.from_numpy(negatives.ids)).to(queries.device),
             self.config.regularization,
+            self.config.elu,
             self.config.block_rows,
         )

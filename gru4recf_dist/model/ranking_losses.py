@@ -10,6 +10,10 @@ r_j over the negatives and S the logistic function, the loss of a position is
     top1      1/N sum_j [S(r_j - r) + S(r_j^2)]
     top1_max  sum_j s_j [S(r_j - r) + S(r_j^2)]
 
+The authors' code passes the scores through an activation first, and their published settings of BPR-max all have an
+ELU there (https://github.com/hidasib/GRU4Rec, `final_act`; in its PyTorch port `elu_param`): with alpha > 0, r and r_j
+above stand for ELU_alpha(r) and ELU_alpha(r_j). It grows with the score, so rankings do not need it.
+
 A negative that was drawn c times counts as c negatives. One that is the target itself is left out; the authors' code
 leaves it out of s_j, and in the sums keeps the constant that the target adds against itself. Where no negative is left
 the loss is 0.
@@ -23,7 +27,7 @@ from collections.abc import Callable
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import elu, logsigmoid
 
 from gru4recf_dist.model.losses import NOTHING
 
@@ -40,6 +44,7 @@ def ranking_loss(
     counts: torch.Tensor,
     exclude: torch.Tensor,
     regularization: float = 0.0,
+    elu_alpha: float = 0.0,
     block_rows: int = 256,
 ) -> torch.Tensor:
     """The loss ``name`` of each query, [T]; differentiable in queries, positives and negatives.
@@ -53,6 +58,7 @@ def ranking_loss(
         counts: [U], how often each was drawn.
         exclude: int64 [T], the column of ``negatives`` that is the target itself, or `NOTHING`.
         regularization: of `bpr_max`.
+        elu_alpha: of the ELU that scores pass first; 0: they stay as they are.
     """
     formulas: dict[str, _Formula] = {
         "bpr": _bpr,
@@ -64,7 +70,7 @@ def ranking_loss(
         # Keeps every input in the graph, so that every rank's backward runs the same collectives.
         return ((queries * positives).sum(dim=1) + negatives.sum()) * 0.0
     log_counts = counts.to(queries).log()
-    return _Blockwise.apply(formulas[name], queries, positives, negatives, log_counts, exclude, block_rows)
+    return _Blockwise.apply(formulas[name], queries, positives, negatives, log_counts, exclude, elu_alpha, block_rows)
 
 
 def _bpr(target: torch.Tensor, scores: torch.Tensor, log_weights: torch.Tensor) -> torch.Tensor:
@@ -101,13 +107,13 @@ class _Blockwise(torch.autograd.Function):
     """A formula applied to blocks of queries; backward makes each block's scores again."""
 
     @staticmethod
-    def forward(ctx, formula, queries, positives, negatives, log_counts, exclude, block_rows):
+    def forward(ctx, formula, queries, positives, negatives, log_counts, exclude, elu_alpha, block_rows):
         ctx.save_for_backward(queries, positives, negatives, log_counts, exclude)
-        ctx.formula, ctx.block_rows = formula, block_rows
+        ctx.formula, ctx.elu_alpha, ctx.block_rows = formula, elu_alpha, block_rows
         result = queries.new_empty(len(queries))
         for start in range(0, len(queries), block_rows):
             block = slice(start, start + block_rows)
-            each = _apply(formula, queries[block], positives[block], negatives, log_counts, exclude[block])
+            each = _apply(formula, queries[block], positives[block], negatives, log_counts, exclude[block], elu_alpha)
             result[block] = each
         return result
 
@@ -121,16 +127,18 @@ class _Blockwise(torch.autograd.Function):
             block = slice(start, start + ctx.block_rows)
             inputs = [each.detach().requires_grad_() for each in (queries[block], positives[block], negatives)]
             with torch.enable_grad():
-                each = _apply(ctx.formula, *inputs, log_counts, exclude[block])
+                each = _apply(ctx.formula, *inputs, log_counts, exclude[block], ctx.elu_alpha)
             grad_queries[block], grad_positives[block], rows = torch.autograd.grad(each, inputs, gradient[block])
             grad_negatives += rows
-        return None, grad_queries, grad_positives, grad_negatives, None, None, None
+        return None, grad_queries, grad_positives, grad_negatives, None, None, None, None
 
 
-def _apply(formula: _Formula, queries, positives, negatives, log_counts, exclude) -> torch.Tensor:
+def _apply(formula: _Formula, queries, positives, negatives, log_counts, exclude, elu_alpha: float) -> torch.Tensor:
     """Losses [b] of a block."""
     target = (queries * positives).sum(dim=1, keepdim=True)
     scores = queries @ negatives.T
+    if elu_alpha:
+        target, scores = elu(target, elu_alpha), elu(scores, elu_alpha)
     column = exclude[:, None]
     place = column.clamp(min=0)
     # Without asking which are masked: that would make the host wait for the device.

@@ -50,6 +50,9 @@ class LogitCost:
     functions: int
     blocks: int
 
+    def __add__(self, other: LogitCost) -> LogitCost:
+        return LogitCost(self.passes + other.passes, self.functions + other.functions, self.blocks + other.blocks)
+
 
 _SOFTMAX = LogitCost(passes=14, functions=2, blocks=2)
 # Theirs is written as formulas, of which torch keeps the intermediate values for backward: the saved blocks, and three
@@ -62,6 +65,8 @@ _LOGIT_COSTS = {
     "top1": LogitCost(passes=74, functions=8, blocks=7),
     "top1_max": LogitCost(passes=96, functions=11, blocks=9),
 }
+# What `loss.elu` adds.
+_ELU = LogitCost(passes=7, functions=3, blocks=1)
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,9 @@ class Workload:
 
     @property
     def logit_cost(self) -> LogitCost:
-        return _LOGIT_COSTS[self.config.loss.name]
+        loss = self.config.loss
+        cost = _LOGIT_COSTS[loss.name]
+        return cost + _ELU if loss.elu and cost is not _SOFTMAX else cost
 
     @property
     def over_gloo(self) -> bool:

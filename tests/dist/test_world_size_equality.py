@@ -21,7 +21,7 @@ CLASSIC = ("loss.name=sampled_softmax", "loss.logq=classic", "model.score=cosine
 IN_BATCH = (*SAMPLED, "loss.in_batch=24", "loss.sampler=uniform")
 IN_BATCH_CLASSIC = (*CLASSIC, "loss.in_batch=9")
 FULL = ("loss.name=full_softmax",)
-BPR_MAX = ("loss.name=bpr_max", "loss.in_batch=all", "loss.regularization=0.5")
+BPR_MAX = ("loss.name=bpr_max", "loss.in_batch=all", "loss.regularization=0.5", "loss.elu=0.5")
 TOP1_MAX = ("loss.name=top1_max", "loss.sampler=uniform", "loss.in_batch=7")
 
 

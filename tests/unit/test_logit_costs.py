@@ -18,6 +18,7 @@ QUERIES, CANDIDATES, DIM = 64, 300, 8
 FUNCTIONS = {
     **dict.fromkeys(("exp", "exp_", "exp2_", "sigmoid", "logsumexp"), 1),
     **dict.fromkeys(("_log_softmax", "_log_softmax_backward_data", "log_sigmoid_backward"), 1),
+    **dict.fromkeys(("elu", "elu_backward"), 1),
     "log_sigmoid_forward": 2,
 }
 # Views, memory that is not touched yet, and what touches one value of a row.
@@ -48,11 +49,11 @@ def _is_large(value) -> bool:
     return isinstance(value, torch.Tensor) and value.numel() == QUERIES * CANDIDATES
 
 
+@pytest.mark.parametrize("elu_alpha", [0.0, 0.5])
 @pytest.mark.parametrize("loss", ["sampled_softmax", "bpr", "bpr_max", "top1", "top1_max"])
-def test_the_cost_of_a_logit_is_that_of_the_operations_on_it(loss):
-    config = configuration.load(
-        None, ["data=x", "run_dir=x", "model.fusion=item_only", f"loss.name={loss}"], training=False
-    )
+def test_the_cost_of_a_logit_is_that_of_the_operations_on_it(loss, elu_alpha):
+    settings = ["data=x", "run_dir=x", "model.fusion=item_only", f"loss.name={loss}", f"loss.elu={elu_alpha}"]
+    config = configuration.load(None, settings, training=False)
     cost = Workload(config, 1000, 1, 8.0, (), popularity.zipf(1000, 1.0)).logit_cost
     queries, positives, rows = (torch.randn(count, DIM, requires_grad=True) for count in (QUERIES, QUERIES, CANDIDATES))
     counts, exclude = torch.ones(CANDIDATES), torch.full((QUERIES,), NOTHING)
@@ -67,7 +68,7 @@ def test_the_cost_of_a_logit_is_that_of_the_operations_on_it(loss):
         if loss == "sampled_softmax":
             each = sampled_softmax(queries, positives, rows, counts, exclude)
         else:
-            each = ranking_loss(loss, queries, positives, rows, counts, exclude)
+            each = ranking_loss(loss, queries, positives, rows, counts, exclude, elu_alpha=elu_alpha)
         with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             each.sum().backward()
     assert cost.functions == operations.functions

@@ -45,16 +45,21 @@ def _defined(name: str, target: float, negatives: list[float], regularization: f
     return -math.log(sum(w * pair for w, pair in zip(softmax, pairs, strict=True))) + regularization * penalty
 
 
+def _elu(score: float, alpha: float) -> float:
+    return score if score > 0 or not alpha else alpha * (math.exp(score) - 1.0)
+
+
+@pytest.mark.parametrize("elu_alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("block_rows", [1, 3, 256])
 @pytest.mark.parametrize("name", NAMES)
-def test_each_loss_is_its_definition_negative_by_negative(name, block_rows):
+def test_each_loss_is_its_definition_negative_by_negative(name, block_rows, elu_alpha):
     queries, positives, negatives = _normal(T, D), _normal(T, D, seed=1), _normal(U, D, seed=2)
     counts, exclude = torch.tensor([1, 3, 1, 2, 1]), torch.tensor([NOTHING, 1, 0, NOTHING, 4, 1, 3])
-    found = ranking_loss(name, queries, positives, negatives, counts, exclude, 0.7, block_rows)
+    found = ranking_loss(name, queries, positives, negatives, counts, exclude, 0.7, elu_alpha, block_rows)
     for row in range(T):
-        target = float(queries[row] @ positives[row])
+        target = _elu(float(queries[row] @ positives[row]), elu_alpha)
         scores = [
-            float(queries[row] @ negatives[column])
+            _elu(float(queries[row] @ negatives[column]), elu_alpha)
             for column in range(U)
             for _ in range(int(counts[column]))
             if column != exclude[row]
@@ -83,25 +88,31 @@ def _published_matrix_form(name: str, scores: torch.Tensor, regularization: floa
     return (weights * (torch.sigmoid(scores - target) + torch.sigmoid(scores**2))).sum(dim=1)
 
 
+@pytest.mark.parametrize("elu_alpha", [0.0, 0.5])
 @pytest.mark.parametrize("name", NAMES)
-def test_values_and_gradients_are_those_of_the_mini_batch_form(name):
+def test_values_and_gradients_are_those_of_the_mini_batch_form(name, elu_alpha):
     queries, rows = _normal(U, D).requires_grad_(), _normal(U, D, seed=2).requires_grad_()
-    expected = _published_matrix_form(name, queries @ rows.T, 0.5)
+    scores = queries @ rows.T
+    activated = torch.where(scores > 0, scores, elu_alpha * scores.expm1()) if elu_alpha else scores
+    expected = _published_matrix_form(name, activated, 0.5)
     weights = torch.linspace(0.5, 2.0, U, dtype=torch.float64)
     wanted = torch.autograd.grad((expected * weights).sum(), (queries, rows))
-    found = ranking_loss(name, queries, rows, rows, torch.ones(U), torch.arange(U), 0.5, block_rows=2)
+    found = ranking_loss(name, queries, rows, rows, torch.ones(U), torch.arange(U), 0.5, elu_alpha, block_rows=2)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(torch.autograd.grad((found * weights).sum(), (queries, rows)), wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("elu_alpha", [0.0, 0.5])
 @pytest.mark.parametrize("name", NAMES)
-def test_it_passes_gradcheck(name):
+def test_it_passes_gradcheck(name, elu_alpha):
     inputs = [each.requires_grad_() for each in (_normal(T, D), _normal(T, D, seed=1), _normal(U, D, seed=2))]
     # Excluded ones too, and a row all of whose negatives are.
     exclude = torch.tensor([NOTHING, 1, 0, NOTHING, 4, 1, 3])
     counts = torch.tensor([1, 3, 1, 2, 1])
-    assert torch.autograd.gradcheck(lambda q, p, r: ranking_loss(name, q, p, r, counts, exclude, 0.7, 3), inputs)
+    assert torch.autograd.gradcheck(
+        lambda q, p, r: ranking_loss(name, q, p, r, counts, exclude, 0.7, elu_alpha, block_rows=3), inputs
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -142,11 +153,12 @@ def test_it_keeps_no_scores_for_backward():
 # -- within the objective ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("in_batch", [0, 6, "all"])
+@pytest.mark.parametrize(("in_batch", "elu_alpha"), [(0, 0.0), (6, 0.5), ("all", 0.0)])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_objective_sums_the_definition_over_the_draws(alone, name, in_batch):  # noqa: F811
+def test_the_objective_sums_the_definition_over_the_draws(alone, name, in_batch, elu_alpha):  # noqa: F811
     targets = torch.tensor([1, 1, 2, 5, 8, 31, 40, 3, 1])
-    settings = {"name": name, "negatives": 64, "in_batch": in_batch, "regularization": 0.3, "block_rows": 4}
+    settings = {"name": name, "negatives": 64, "in_batch": in_batch, "elu": elu_alpha, "block_rows": 4}
+    settings["regularization"] = 0.3
     config = Config(data="-", run_dir="-", loss=settings)
     objective, table = _objective(alone, NegativeSampler(_popularity(), config.loss, seed=11), **settings)
     queries = _normal(len(targets), table.shape[1])
@@ -160,7 +172,7 @@ def test_the_objective_sums_the_definition_over_the_draws(alone, name, in_batch)
             assert count == sampled.get(item, 0) + targets.tolist().count(item)
     total = 0.0
     for query, target in zip(queries, targets.tolist(), strict=True):
-        scores = (table @ query).tolist()
+        scores = [_elu(score, elu_alpha) for score in (table @ query).tolist()]
         drawn_scores = [
             scores[item]
             for item, count in zip(drawn.ids.tolist(), drawn.counts.tolist(), strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tarfile
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,8 +19,7 @@ ARCHIVE = Path(__file__).with_name("fixtures.tar.xz")
 def recbole(tmp_path_factory) -> Path:
     """The unpacked archive, and in its folder `data` the prepared data set."""
     folder = tmp_path_factory.mktemp("recbole")
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
+    shutil.unpack_archive(ARCHIVE, folder)
     recipe = {
         "name": "shop",
         "source": str(folder / "shop"),

@@ -14,7 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,6 +166,9 @@ settings were chosen on validation splits. Test splits, full ranking over all it
 own out of the candidates. Mean of the seeds, and their standard deviation where there are several. Epochs: until the
 best validation result.
 
+What features add is `concat_output` less `item_only` of the same seed: where it is not clear of its spread, or below 0,
+the features do not help.
+
 Published figures are of other programs, partly with other filters or features, and stand here for orientation only.
 """
 
@@ -176,8 +179,10 @@ def _section(data: str, root: str) -> str:
     lines = [headings, ["---"] * len(headings)]
     baselines: dict | None = None
     missing = []
+    finished: dict[str, dict[int, dict]] = {}
     for experiment in (each for each in EXPERIMENTS if each.data == data):
-        results = list(_results(experiment, root))
+        finished[experiment.name] = _results(experiment, root)
+        results = list(finished[experiment.name].values())
         if not results:
             missing.append(f"`{experiment.name}`")
             continue
@@ -185,6 +190,13 @@ def _section(data: str, root: str) -> str:
         cells = [_cell([result[split][metric] for result in results]) for split, metric, _ in columns]
         seeds = f"{len(results)} of {len(experiment.seeds)}"
         lines.append([f"`{experiment.name}`", *cells, _epochs(results), seeds])
+    featured, plain = finished["concat_output"], finished["item_only"]
+    if both := featured.keys() & plain.keys():
+        differences = [
+            _cell([featured[seed][split][metric] - plain[seed][split][metric] for seed in both], "+")
+            for split, metric, _ in columns
+        ]
+        lines.append(["what features add", *differences, "", f"{len(both)}"])
     for name in ("popularity", "markov") if baselines else ():
         of_split = {"test": baselines[name], "test_excluding_seen": baselines[f"{name}_excluding_seen"]}
         shown = [f"{of_split[split][metric]:.4f}" for split, metric, _ in columns]
@@ -195,16 +207,19 @@ def _section(data: str, root: str) -> str:
     return f"\n## {data}\n\n{table}" + (f"\nNot trained yet: {', '.join(missing)}.\n" if missing else "")
 
 
-def _results(experiment: Experiment, root: str) -> Iterator[dict]:
-    for seed in experiment.seeds:
-        config = experiment.config(seed, root)
-        if is_finished(config):
-            yield storage.read_json(storage.join(config.run_dir, "result.json"))
+def _results(experiment: Experiment, root: str) -> dict[int, dict]:
+    """Of each seed whose run has finished, its result."""
+    configs = {seed: experiment.config(seed, root) for seed in experiment.seeds}
+    return {
+        seed: storage.read_json(storage.join(config.run_dir, "result.json"))
+        for seed, config in configs.items()
+        if is_finished(config)
+    }
 
 
-def _cell(values: list[float]) -> str:
+def _cell(values: list[float], sign: str = "") -> str:
     spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{spread}"
+    return f"{statistics.mean(values):{sign}.4f}{spread}"
 
 
 def _epochs(results: list[dict]) -> str:

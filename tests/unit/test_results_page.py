@@ -14,27 +14,29 @@ from gru4recf_dist import typed_yaml
 FIGURES = {0: 0.1, 1: 0.2, 2: 0.4}
 
 
+def _finish(path: str, seed: int, hit: float, **extra) -> None:
+    """The folder of a finished run; its NDCG is half of ``hit``."""
+    (experiment,) = (each for each in results.EXPERIMENTS if each.path == path)
+    config = experiment.config(seed, "data").model_copy(update=extra)
+    metrics = {"hit@10": hit, "ndcg@10": hit / 2}
+    names = ("popularity", "popularity_excluding_seen", "markov", "markov_excluding_seen")
+    baselines = {name: {"hit@10": 0.05, "ndcg@10": 0.025} for name in names}
+    result = {"test": metrics, "test_excluding_seen": metrics, "baselines": baselines}
+    folder = Path(config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(typed_yaml.dump(config))
+    (folder / "result.json").write_text(json.dumps({**result, "steps": 100, "epochs": 10, "best_step": 50}))
+
+
 @pytest.fixture
 def finished(tmp_path, monkeypatch) -> Path:
     """Three finished runs of one experiment, and one of another with an old recipe."""
     recipe = Path(results.RECIPE).resolve()
     monkeypatch.setattr(results, "RECIPE", str(recipe))
     monkeypatch.chdir(tmp_path)
-    by_name = {experiment.path: experiment for experiment in results.EXPERIMENTS}
-    for path, seed, extra in [
-        *(("ml-100k/concat_output", seed, {}) for seed in FIGURES),
-        ("ml-100k/item_only", 0, {"batch_size": 999}),
-    ]:
-        config = by_name[path].config(seed, "data").model_copy(update=extra)
-        metrics = {"hit@10": FIGURES[seed], "ndcg@10": FIGURES[seed] / 2}
-        measured = {"test": metrics, "test_excluding_seen": metrics}
-        names = ("popularity", "popularity_excluding_seen", "markov", "markov_excluding_seen")
-        baselines = {name: {"hit@10": 0.05, "ndcg@10": 0.025} for name in names}
-        result = {**measured, "baselines": baselines, "steps": 100, "epochs": 10, "best_step": 50}
-        folder = Path(config.run_dir)
-        folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(typed_yaml.dump(config))
-        (folder / "result.json").write_text(json.dumps(result))
+    for seed, hit in FIGURES.items():
+        _finish("ml-100k/concat_output", seed, hit)
+    _finish("ml-100k/item_only", 0, FIGURES[0], batch_size=999)
     return tmp_path
 
 
@@ -52,6 +54,16 @@ def test_the_page_has_means_spreads_epochs_baselines_and_published_figures(finis
     assert (epochs, seeds) == ("5", "3 of 3")
     assert _line(page, "ml-100k", "first-order Markov chain")[1:3] == ["0.0500", "0.0250"]
     assert _line(page, "ml-100k", "GRU4Rec, RecBole's documentation")[1:3] == ["0.1103", "0.0513"]
+
+
+def test_what_features_add_is_the_mean_difference_of_the_same_seeds(finished):
+    assert "| what features add |" not in results.page("data")
+    for seed, hit in {0: 0.15, 2: 0.25}.items():
+        _finish("ml-100k/item_only", seed, hit)
+    _, hit, ndcg, *_, seeds = _line(results.page("data"), "ml-100k", "what features add")
+    # Seeds 0 and 2: 0.1 - 0.15 and 0.4 - 0.25.
+    assert (hit, seeds) == (f"+0.0500 ± {statistics.stdev([-0.05, 0.15]):.4f}", "2")
+    assert ndcg == f"+0.0250 ± {statistics.stdev([-0.025, 0.075]):.4f}"
 
 
 def test_a_run_of_another_recipe_does_not_count(finished):

@@ -21,7 +21,7 @@ import torch
 from benchmarks.measuring import print_table
 from gru4recf_dist.config import Config, ModelConfig
 from gru4recf_dist.data.batches import packed_positions
-from gru4recf_dist.evaluation import ranking
+from gru4recf_dist.evaluation import ranking, score_tiles
 from gru4recf_dist.model.encoder import SessionEncoder
 from gru4recf_dist.model.features import FeatureSpec
 from gru4recf_dist.model.losses import NOTHING, sampled_softmax
@@ -134,7 +134,7 @@ def _counting(arguments) -> tuple[Callable[[], object], float]:
     scores = (queries.double() * table.weight[targets].double()).sum(dim=1)
 
     candidates = Candidates([CandidatePart(table, "dot")])
-    tile_rows = ranking.default_tile_rows(queries.device)
+    tile_rows = score_tiles.default_tile_rows(queries.device)
 
     def work() -> torch.Tensor:
         return ranking.count_above(queries, targets, scores, candidates, tile_rows, evaluation.ties)

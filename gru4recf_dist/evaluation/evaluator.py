@@ -13,7 +13,7 @@ from gru4recf_dist.data.batches import QueryBatch, pack_queries
 from gru4recf_dist.data.columns import concatenate
 from gru4recf_dist.data.shard_format import Manifest
 from gru4recf_dist.errors import UserError
-from gru4recf_dist.evaluation import ranking
+from gru4recf_dist.evaluation import ranking, score_tiles
 from gru4recf_dist.evaluation.metrics import RankHistogram
 from gru4recf_dist.evaluation.sessions import batch_count, read_batches
 from gru4recf_dist.parallel import collectives
@@ -158,7 +158,7 @@ class Evaluator:
         settings, candidates = self.config.evaluation, model.candidates
         targets = queries.targets.to(self.ranks.device)
         common = (queries.vectors, targets, queries.target_scores)
-        tile_rows = settings.tile_rows or ranking.default_tile_rows(self.ranks.device)
+        tile_rows = settings.tile_rows or score_tiles.default_tile_rows(self.ranks.device)
         above = ranking.count_above(*common, candidates, tile_rows, settings.ties)
         seen = ranking.count_seen_above(
             *common,

@@ -9,39 +9,16 @@ Shapes: Q queries of all ranks, D their size, n rows of a tile.
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
-
 import numpy as np
 import torch
 
+from gru4recf_dist.evaluation.score_tiles import CPU_QUERIES, score_tile
 from gru4recf_dist.table.candidates import Candidates
 
-# Pairs that are scored in float64, and float32 scores of a tile, at a time: both bound the memory.
-_PAIRS = 1 << 17
-_SCORES = 1 << 23
-# Rows of a tile on a GPU, which hides their cost only if there are many.
-_GPU_TILE_ROWS = 1 << 16
-_L2_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
-# Queries that are scored together at most on the CPU. With fewer, reading and preparing a tile's rows weighs more.
-QUERIES = 1024
-# Rows whose flags are counted together: at most 255, as eight counts of a byte each are added in one int64.
-_BLOCK = 128
-_BYTES = 8
-
-
-@cache
-def default_tile_rows(device: torch.device) -> int:
-    """Table rows that are scored at a time, where none are set.
-
-    On the CPU as many as make the scores of `QUERIES` take four times the L2 cache: smaller tiles cost more calls than
-    they gain by the cache (measured by `benchmarks.kernels`).
-    """
-    if device.type == "cuda":
-        return _GPU_TILE_ROWS
-    text = _L2_SIZE.read_text().strip() if _L2_SIZE.exists() else "1024K"
-    bytes_ = int(text.removesuffix("K")) * 1024 if text.removesuffix("K").isdigit() else 1 << 20
-    return min(max(4 * bytes_ // (4 * QUERIES), 4 * _BLOCK), 32 * _BLOCK)
+# Pairs that are scored in float64 at a time: bounds the memory.
+_PAIRS = 1 << 15
+# Queries that the evaluator collects before the table is gone through: a tile's rows are prepared for all of them.
+QUERIES = 4 * CPU_QUERIES
 
 
 def count_above(
@@ -62,21 +39,21 @@ def count_above(
     """
     count = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     tile_rows = min(tile_rows, max(1, len(candidates.own)))
-    # [tile, queries] scores exist at a time: as many queries as keep that within bounds.
-    size = max(_BYTES, min(QUERIES, len(queries), _SCORES // tile_rows))
-    tile = _ScoredTile(tile_rows, size, queries.device)
+    tile = score_tile(tile_rows, len(queries), queries.device)
     compared, farthest = _less_targets(queries, target_scores)
+    slices = [slice(start, start + tile.queries) for start in range(0, len(queries), tile.queries)]
+    parts = [(each.start, compared[each].T.contiguous(), count[each]) for each in slices]
     # A column of ones meets the targets' scores.
     extended = queries.new_ones(tile_rows, queries.shape[1] + 1)
     error = relative_error(queries.shape[1], candidates.score)
     unsure = _UnsurePairs(queries, targets, target_scores, candidates, ties)
     for first, rows in candidates.tiles(tile_rows):
         extended[: len(rows), :-1] = rows
-        margin = error * (float(rows.norm(dim=1).max()) + farthest)
-        for start in range(0, len(queries), size):
-            part = slice(start, start + size)
-            sure, row, query = tile.sort_out(extended[: len(rows)], compared[part], margin)
-            count[part] += sure
+        margin = np.float32(error * (float(rows.norm(dim=1).max()) + farthest))
+        bound = np.nextafter(margin, np.float32(np.inf))
+        for start, part, counted in parts:
+            sure, row, query = tile.sort_out(extended[: len(rows)], part, bound)
+            counted += sure
             unsure.add(query + start, row + first)
     return count + unsure.count()
 
@@ -90,50 +67,6 @@ def _less_targets(queries: torch.Tensor, target_scores: torch.Tensor) -> tuple[t
     norms = norms.where(norms > 0, 1.0)
     compared = (torch.cat([queries, -target_scores[:, None]], dim=1) / norms).float()
     return compared, float(compared[:, -1].abs().max()) if len(compared) else 0.0
-
-
-class _ScoredTile:
-    """Scores of up to ``rows`` rows and ``queries`` queries, and flags which of them are beyond a bound."""
-
-    def __init__(self, rows: int, queries: int, device: torch.device) -> None:
-        shape = (_rounded_up(rows, _BLOCK), _rounded_up(queries, _BYTES))
-        # What no product is written to is above nothing.
-        self._scores = torch.full(shape, -torch.inf, device=device)
-        self._flags = torch.empty(shape, dtype=torch.bool, device=device)
-        self._blocks = (shape[0] // _BLOCK, _BLOCK, -1)
-
-    def sort_out(
-        self, rows: torch.Tensor, queries: torch.Tensor, margin: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Per query, how many of the products are above ``margin``; and the pairs (row, query) within it.
-
-        Args:
-            rows: float32 [n, D + 1].
-            queries: float32 [Q, D + 1].
-        """
-        self._scores[len(rows) :] = -torch.inf
-        self._scores[:, len(queries) :] = -torch.inf
-        torch.mm(rows, queries.T, out=self._scores[: len(rows), : len(queries)])
-        above = float(np.nextafter(np.float32(margin), np.float32(np.inf)))
-        sure, possible = self._count("greater", above), self._count("greater_equal", -above)
-        # Most queries have nothing near their target's score in most blocks.
-        block, query = torch.nonzero(possible != sure, as_tuple=True)
-        near = self._scores.view(self._blocks)[block, :, query]
-        pair, row = torch.nonzero(near.abs() <= above, as_tuple=True)
-        return sure.sum(dim=0)[: len(queries)], block[pair] * _BLOCK + row, query[pair]
-
-    def _count(self, comparison: str, bound: float) -> torch.Tensor:
-        """How many scores of each block and query compare so with ``bound``; uint8 [blocks, queries]."""
-        if self._scores.is_cuda:
-            getattr(torch, comparison)(self._scores, bound, out=self._flags)
-        else:
-            # Several times faster than torch's comparisons, which are not vectorised where they give bytes.
-            getattr(np, comparison)(self._scores.numpy(), np.float32(bound), out=self._flags.numpy())
-        return self._flags.view(torch.int64).view(self._blocks).sum(dim=1).view(torch.uint8)
-
-
-def _rounded_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 class _UnsurePairs:

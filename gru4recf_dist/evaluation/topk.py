@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 
 from gru4recf_dist.data.shard_format import PADDING_ID
-from gru4recf_dist.evaluation.ranking import default_tile_rows, relative_error
+from gru4recf_dist.evaluation.ranking import relative_error
+from gru4recf_dist.evaluation.score_tiles import default_tile_rows
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.table.candidates import Candidates
 

@@ -25,13 +25,16 @@ def exact_scores(queries: torch.Tensor, rows: torch.Tensor, score: str) -> torch
         queries: [n, D], the encoder's output.
         rows: [n, D], table rows before any transformation.
     """
-    queries, rows = queries.double(), rows.double()
-    total = torch.zeros(len(queries), dtype=torch.float64, device=queries.device)
+    # Columns as they are read.
+    queries, rows = (
+        queries.T.double(memory_format=torch.contiguous_format),
+        rows.T.double(memory_format=torch.contiguous_format),
+    )
+    total = queries.new_zeros(queries.shape[1])
     squares = torch.zeros_like(total)
-    for column in range(queries.shape[1]):
-        value = rows[:, column]
-        total += queries[:, column] * value
-        squares += value * value
+    for left, right in zip(queries, rows, strict=True):
+        total += left * right
+        squares += right * right
     if score == "dot":
         return total
     return total / squares.sqrt().clamp(min=_SMALLEST_NORM)

@@ -40,10 +40,16 @@ def default_tile_rows(device: torch.device) -> int:
     return min(max(4 * bytes_ // (4 * CPU_QUERIES), 8 * _BLOCK), 64 * _BLOCK)
 
 
+def queries_at_once(tile_rows: int, device: torch.device) -> int:
+    """Queries that are scored against a tile of so many rows together, at most."""
+    most = max(_BYTES, _SCORES // tile_rows)
+    return most if device.type == "cuda" else min(most, CPU_QUERIES)
+
+
 def score_tile(rows: int, queries: int, device: torch.device) -> CpuTile | GpuTile:
     """For up to ``rows`` rows, and as many of ``queries`` queries at a time as suits the device."""
-    most = max(_BYTES, min(queries, _SCORES // rows))
-    return GpuTile(rows, most, device) if device.type == "cuda" else CpuTile(rows, min(most, CPU_QUERIES))
+    most = max(_BYTES, min(queries, queries_at_once(rows, device)))
+    return GpuTile(rows, most, device) if device.type == "cuda" else CpuTile(rows, most)
 
 
 class _Tile:

@@ -12,6 +12,7 @@ import torch
 from gru4recf_dist.data.blocks import Block
 from gru4recf_dist.data.columns import ragged_arange, ragged_indices, slice_sessions
 from gru4recf_dist.data.event_columns import EventFeature
+from gru4recf_dist.data.seen import SeenItems
 from gru4recf_dist.data.shard_format import PADDING_ID
 
 
@@ -48,7 +49,7 @@ class QueryBatch:
         items: int64 [T], packed input events; ``batch_sizes`` as in `PackedBatch`.
         positions: int64 [Q], place in the packed layout of each query's last event.
         targets: int64 [Q].
-        seen_query, seen_item: int64 [P], pairs (query, item of the session before the target), each pair once.
+        seen: the items of the session before each target.
         event_features: as in `PackedBatch`.
     """
 
@@ -56,8 +57,7 @@ class QueryBatch:
     batch_sizes: torch.Tensor
     positions: torch.Tensor
     targets: torch.Tensor
-    seen_query: torch.Tensor
-    seen_item: torch.Tensor
+    seen: SeenItems
     event_features: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -199,7 +199,8 @@ def pack_queries(
     if not len(windows.session):
         empty = torch.empty(0, dtype=torch.int64)
         padding, one = torch.full((1,), PADDING_ID), torch.ones(1, dtype=torch.int64)
-        return QueryBatch(padding, one, empty, empty, empty, empty, _dummy_features(event_features))
+        seen = SeenItems(empty, empty, empty)
+        return QueryBatch(padding, one, empty, empty, seen, _dummy_features(event_features))
     first = np.cumsum(lengths) - lengths
     source = ragged_indices(first[windows.session] + windows.start, windows.length)
     asked = ragged_arange(windows.length) >= np.repeat(windows.context, windows.length)
@@ -207,15 +208,16 @@ def pack_queries(
     items = np.empty(len(source), np.int64)
     items[position] = block.items[source]
     last = source[asked]
-    session_start = np.repeat(first[windows.session], windows.length)[asked]
-    seen_query, seen_item = _distinct_pairs(block.items, session_start, last + 1 - session_start)
+    # A session's queries follow one another, in the order of its events.
+    inputs = np.maximum(lengths - 1, 0)
+    asked_of = inputs if every_position else np.minimum(inputs, 1)
+    seen = SeenItems.of_sessions(block.items, first, inputs, np.cumsum(asked_of) - asked_of, each_event=every_position)
     return QueryBatch(
         items=torch.from_numpy(items),
         batch_sizes=torch.from_numpy(batch_sizes),
         positions=torch.from_numpy(position[asked]),
         targets=torch.from_numpy(block.items[last + 1].astype(np.int64)),
-        seen_query=torch.from_numpy(seen_query),
-        seen_item=torch.from_numpy(seen_item),
+        seen=seen,
         event_features=_placed_features(block, event_features, source, position),
     )
 
@@ -232,22 +234,11 @@ def pack_histories(block: Block, max_length: int, event_features: Sequence[Event
     position, batch_sizes = packed_positions(length)
     items = np.empty(len(source), np.int64)
     items[position] = block.items[source]
-    seen_query, seen_item = _distinct_pairs(block.items, first, lengths)
     return QueryBatch(
         items=torch.from_numpy(items),
         batch_sizes=torch.from_numpy(batch_sizes),
         positions=torch.from_numpy(position[np.cumsum(length) - 1]),
         targets=torch.full((len(lengths),), PADDING_ID),
-        seen_query=torch.from_numpy(seen_query),
-        seen_item=torch.from_numpy(seen_item),
+        seen=SeenItems.of_sessions(block.items, first, lengths, np.arange(len(lengths)), each_event=False),
         event_features=_placed_features(block, event_features, source, position),
     )
-
-
-def _distinct_pairs(items: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct pairs (row, item) of the ragged rows ``items[start : start + length]``; int64 each, sorted."""
-    rows = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
-    values = items[ragged_indices(starts, lengths)].astype(np.int64)
-    # 2^31 items and 2^32 rows fit one int64 key.
-    keys = np.unique((rows << 31) | values)
-    return keys >> 31, keys & ((1 << 31) - 1)

@@ -6,6 +6,7 @@ They are counted on one process from the training shards: integers and sorted ar
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from gru4recf_dist.data import columns
 from gru4recf_dist.data.batches import pack_queries
@@ -103,16 +104,17 @@ def evaluate_baselines(
         longest = max(int(block.lengths.max()), 2)
         batch = pack_queries(block, longest, context=0, every_position=protocol == "every_position")
         last, targets = batch.items[batch.positions].numpy(), batch.targets.numpy()
-        query, seen = batch.seen_query.numpy(), batch.seen_item.numpy()
         trained = popularity[targets] > 0
-        repeated = np.bincount(query[seen == targets[query]], minlength=len(targets)) > 0
+        repeated = batch.seen.contain(batch.targets).numpy()
         for name, baseline in baselines.items():
             scores = baseline.scores(last, targets)
             above, tied = baseline.above_and_tied(last, scores)
             expected[name].add(above, tied, trained)
-            seen_scores = baseline.scores(last[query], seen)
-            better = np.bincount(query[seen_scores > scores[query]], minlength=len(targets))
-            equal = np.bincount(query[seen_scores == scores[query]], minlength=len(targets))
+            better, equal = np.zeros((2, len(targets)), np.int64)
+            for query, seen in (map(torch.Tensor.numpy, pair) for pair in batch.seen.pairs()):
+                seen_scores = baseline.scores(last[query], seen)
+                better += np.bincount(query[seen_scores > scores[query]], minlength=len(targets))
+                equal += np.bincount(query[seen_scores == scores[query]], minlength=len(targets))
             # Where the target itself was seen it is a miss, and its tie may be left empty.
             rest = np.maximum(tied - equal, 1)
             expected[f"{name}_excluding_seen"].add(above - better, rest, trained & ~repeated)

@@ -11,6 +11,7 @@ from gru4recf_dist.config import Config
 from gru4recf_dist.data import assignment
 from gru4recf_dist.data.batches import QueryBatch, pack_queries
 from gru4recf_dist.data.columns import concatenate
+from gru4recf_dist.data.seen import SeenItems
 from gru4recf_dist.data.shard_format import Manifest
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.evaluation import ranking, score_tiles
@@ -30,20 +31,18 @@ class _Queries:
     vectors: torch.Tensor
     targets: torch.Tensor
     target_scores: torch.Tensor
-    seen_query: torch.Tensor
-    seen_item: torch.Tensor
+    seen: SeenItems
 
     @classmethod
     def join(cls, parts: list[_Queries]) -> _Queries:
         """Of several rounds, one after the other."""
         before = np.cumsum([0, *(len(part.targets) for part in parts)])
-        seen_query = [part.seen_query + int(start) for part, start in zip(parts, before, strict=False)]
+        seen = [part.seen.later(int(start)).columns() for part, start in zip(parts, before, strict=False)]
         return cls(
             vectors=torch.cat([part.vectors for part in parts]),
             targets=torch.cat([part.targets for part in parts]),
             target_scores=torch.cat([part.target_scores for part in parts]),
-            seen_query=torch.cat(seen_query),
-            seen_item=torch.cat([part.seen_item for part in parts]),
+            seen=SeenItems.from_columns(torch.cat(seen)),
         )
 
 
@@ -104,7 +103,7 @@ class Evaluator:
                 raise _diverged()
             above, seen_above = self._count(model, queries)
             trained = torch.from_numpy(self.popularity[queries.targets.numpy()] > 0)
-            repeated = _contains_target(queries)
+            repeated = queries.seen.contain(queries.targets)
             everything.add((above + 1).numpy(), trained.numpy())
             unseen.add((above - seen_above + 1).numpy(), (trained & ~repeated).numpy())
             untrained_targets += int((~trained).sum())
@@ -141,16 +140,13 @@ class Evaluator:
             rows = [rows[places].float() for rows in model.candidates.lookup(model.table.exchange(routing))]
         scores = model.candidates.exact_scores(vectors, rows)
         counts = collectives.gather_counts(len(batch.targets), host)
-        pair_counts = collectives.gather_counts(len(batch.seen_query), host)
-        before = sum(counts[: self.ranks.rank])
-        pairs = torch.stack([batch.seen_query + before, batch.seen_item], dim=1)
-        pairs = collectives.all_gather_rows(pairs, pair_counts, host)
+        seen = batch.seen.later(sum(counts[: self.ranks.rank])).columns()
+        seen = collectives.all_gather_rows(seen, collectives.gather_counts(len(seen), host), host)
         return _Queries(
             vectors=collectives.all_gather_rows(vectors, counts, self.ranks.table),
             targets=collectives.all_gather_rows(batch.targets, counts, host),
             target_scores=collectives.all_gather_rows(scores, counts, self.ranks.table),
-            seen_query=pairs[:, 0],
-            seen_item=pairs[:, 1],
+            seen=SeenItems.from_columns(seen),
         )
 
     def _count(self, model: Recommender, queries: _Queries) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,13 +156,8 @@ class Evaluator:
         common = (queries.vectors, targets, queries.target_scores)
         tile_rows = settings.tile_rows or score_tiles.default_tile_rows(self.ranks.device)
         above = ranking.count_above(*common, candidates, tile_rows, settings.ties)
-        seen = ranking.count_seen_above(
-            *common,
-            queries.seen_query.to(self.ranks.device),
-            queries.seen_item.to(self.ranks.device),
-            candidates,
-            settings.ties,
-        )
+        of_sessions = queries.seen.to(self.ranks.device)
+        seen = ranking.count_seen_above(*common, of_sessions, candidates, settings.ties)
         both = collectives.sum_over_ranks(torch.stack([above, seen]), self.ranks.table).cpu()
         return both[0], both[1]
 
@@ -179,11 +170,3 @@ def protocol_of(config: Config, manifest: Manifest) -> str:
     """The evaluation protocol, with `auto` resolved to what the data set was prepared for."""
     chosen = config.evaluation.protocol
     return manifest.protocol if chosen == "auto" else chosen
-
-
-def _contains_target(queries: _Queries) -> torch.Tensor:
-    """Whether each query's target is among the items already seen; bool [Q]."""
-    hit = queries.seen_item == queries.targets[queries.seen_query]
-    result = torch.zeros(len(queries.targets), dtype=torch.bool)
-    result[queries.seen_query[hit]] = True
-    return result

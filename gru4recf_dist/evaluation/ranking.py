@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from gru4recf_dist.data.seen import SeenItems
 from gru4recf_dist.evaluation.score_tiles import CPU_QUERIES, score_tile
 from gru4recf_dist.table.candidates import Candidates
 
@@ -109,20 +110,21 @@ def count_seen_above(
     queries: torch.Tensor,
     targets: torch.Tensor,
     target_scores: torch.Tensor,
-    seen_query: torch.Tensor,
-    seen_item: torch.Tensor,
+    seen: SeenItems,
     candidates: Candidates,
     ties: str,
 ) -> torch.Tensor:
-    """Of the pairs (query, item already seen) whose item lies on this rank: how many are above the target; [Q].
+    """Of the items on this rank that a query's session has seen: how many are above the target; int64 [Q].
 
     Subtracted from `count_above`, this leaves the seen items out of the candidates.
     """
-    own = candidates.own
-    here = (seen_item >= own.start) & (seen_item < own.stop) & (seen_item != targets[seen_query])
-    query, local = seen_query[here], seen_item[here] - own.start
-    above = _pairs_above(queries, target_scores, query, local, candidates, ties)
-    return torch.bincount(query[above], minlength=len(queries))
+    count = torch.zeros_like(targets)
+    for query, item in seen.within(candidates.own).pairs():
+        other = item != targets[query]
+        query, local = query[other], item[other] - candidates.own.start
+        above = _pairs_above(queries, target_scores, query, local, candidates, ties)
+        count += torch.bincount(query[above], minlength=len(queries))
+    return count
 
 
 def _pairs_above(queries, target_scores, query, local, candidates, ties) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Items above a target, counted on a table's shards, against a plain float64 comparison with every item, ties included."""
+"""Items above a target, counted on a table's shards, against a float64 comparison with every item, ties included."""
 
 from __future__ import annotations
 
@@ -9,26 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from gru4recf_dist import recommender
-from gru4recf_dist.config import Config, ModelConfig, TableConfig
-from gru4recf_dist.data.shard_format import read_manifest
-from gru4recf_dist.errors import UserError
-from gru4recf_dist.evaluation import ranking
-from gru4recf_dist.evaluation.evaluator import Evaluator
+from gru4recf_dist.config import TableConfig
+from gru4recf_dist.data.seen import SeenItems
 from gru4recf_dist.evaluation.ranking import count_above, count_seen_above
-from gru4recf_dist.model.features import FeatureSpec
-from gru4recf_dist.model.gru4recf import ITEM_SEQ, ITEM_SEQ_LEN, GRU4RecF
 from gru4recf_dist.model.scoring import exact_scores
-from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.table.candidates import CandidatePart, Candidates
 from gru4recf_dist.table.item_table import ShardedItemTable
-from gru4recf_dist.table.negatives import read_popularity
-from gru4recf_dist.table.partition import route
-from gru4recf_dist.table.table_group import TableGroup
-from tests.support.ranks import run_ranks
-from tests.support.synthetic import write_dataset
-
-from tests.support.exact_ranks import ATOM, D, ITEMS, make_queries, make_rows, reference_rank, reference_scores
+from tests.support.exact_ranks import ATOM, ITEMS, D, make_queries, make_rows, reference_rank, reference_scores
 
 pytestmark = pytest.mark.dist
 TILES = [1, 7, 64, 10000]
@@ -57,6 +44,12 @@ def _shards(rows: np.ndarray, world: int, dtype=torch.float32) -> list[ShardedIt
     return shards
 
 
+def seen_pairs(pairs: list[tuple[int, int]]) -> SeenItems:
+    """Each (query, item) as a run of its own."""
+    query, item = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T
+    return SeenItems(query, query + 1, item)
+
+
 def _candidates(table: ShardedItemTable, score: str) -> Candidates:
     return Candidates([CandidatePart(table, score)])
 
@@ -66,9 +59,9 @@ def _counts(shards, queries, targets, pairs, score, tile_rows, ties) -> tuple[li
     rows = torch.cat([shard.weight for shard in shards]).float()
     vectors, targets = torch.from_numpy(queries), torch.tensor(targets)
     common = (vectors, targets, exact_scores(vectors, rows[targets], score))
-    pairs = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+    history = seen_pairs(pairs)
     above = sum(count_above(*common, _candidates(shard, score), tile_rows, ties) for shard in shards)
-    seen = sum(count_seen_above(*common, pairs[:, 0], pairs[:, 1], _candidates(shard, score), ties) for shard in shards)
+    seen = sum(count_seen_above(*common, history, _candidates(shard, score), ties) for shard in shards)
     return above.tolist(), seen.tolist()
 
 
@@ -118,8 +111,7 @@ def test_counts_over_tables_side_by_side_equal_the_reference(world, score, ties)
     common = (vectors, wanted, shards[0].exact_scores(vectors, of_targets))
     # torch's square root may differ from numpy's in the last bit, alike for all rows.
     np.testing.assert_allclose(common[2].numpy(), scores[np.arange(ITEMS), targets], rtol=1e-15, atol=1e-15)
-    query, item = torch.tensor(pairs).T
-    seen = sum(count_seen_above(*common, query, item, shard, ties) for shard in shards)
+    seen = sum(count_seen_above(*common, seen_pairs(pairs), shard, ties) for shard in shards)
     for tile_rows in TILES:
         above = sum(count_above(*common, shard, tile_rows, ties) for shard in shards)
         assert above.tolist() == expected

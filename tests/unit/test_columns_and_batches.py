@@ -246,9 +246,13 @@ def _queries_by_hand(
     return queries
 
 
+def _seen_pairs(batch: QueryBatch) -> list[tuple[int, int]]:
+    return [pair for some in batch.seen.pairs() for pair in zip(*map(torch.Tensor.tolist, some), strict=True)]
+
+
 def _queries(batch: QueryBatch) -> list[tuple[list[int], int, list[int]]]:
     seen: list[list[int]] = [[] for _ in batch.targets]
-    for query, item in zip(batch.seen_query.tolist(), batch.seen_item.tolist(), strict=True):
+    for query, item in _seen_pairs(batch):
         seen[query].append(item)
     inputs = [_inputs_up_to(batch, position) for position in batch.positions.tolist()]
     return list(zip(inputs, batch.targets.tolist(), map(sorted, seen), strict=True))
@@ -262,7 +266,7 @@ def test_queries_are_those_written_out_by_hand(every_position, max_length, conte
     block = to_block(random_sessions(longest, 15, 6, shortest=1, longest=longest))
     batch = pack_queries(block, max_length, context, every_position)
     assert _queries(batch) == _queries_by_hand(_to_sessions(block), max_length, context, every_position)
-    for tensor in (batch.items, batch.batch_sizes, batch.positions, batch.targets, batch.seen_query, batch.seen_item):
+    for tensor in (batch.items, batch.batch_sizes, batch.positions, batch.targets, batch.seen.columns()):
         assert tensor.dtype == torch.int64
 
 
@@ -287,8 +291,7 @@ def test_target_that_was_seen_before_is_among_the_seen():
 def test_large_ids_keep_their_value_in_the_pairs():
     largest = 2**31 - 1
     batch = pack_queries(_block([[1, 2], [largest, largest - 1, 5]]), 9, 0, every_position=True)
-    pairs = list(zip(batch.seen_query.tolist(), batch.seen_item.tolist(), strict=True))
-    assert pairs == [(0, 1), (1, largest), (2, largest - 1), (2, largest)]
+    assert sorted(_seen_pairs(batch)) == [(0, 1), (1, largest), (2, largest - 1), (2, largest)]
 
 
 @pytest.mark.parametrize("every_position", [True, False])
@@ -297,7 +300,7 @@ def test_block_without_a_query_is_one_dummy_event(block, every_position):
     batch = pack_queries(block, 50, 10, every_position)
     assert batch.items.tolist() == [PADDING_ID]
     assert batch.batch_sizes.tolist() == [1]
-    for empty in (batch.positions, batch.targets, batch.seen_query, batch.seen_item):
+    for empty in (batch.positions, batch.targets, batch.seen.item):
         assert empty.dtype == torch.int64
         assert empty.tolist() == []
 

@@ -3,7 +3,8 @@
     make results [ARGS="--only ml-100k/item_only beauty --jobs 2"]
 
 trains what is listed in `EXPERIMENTS`, one process a run, and writes the table after each. It can be ended and started
-again at any time: finished runs stay, others go on from their checkpoint. The data sets must be prepared in data/
+again at any time: finished runs stay, others go on from their checkpoint. What finished runs gave is kept beside the
+table, in docs/results.json, so that another machine makes only what is missing. The data sets must be prepared in data/
 (configs/data/).
 """
 
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.result_records import Records
 from gru4recf_dist import config as configuration
 from gru4recf_dist import typed_yaml
 from gru4recf_dist.config import Config
@@ -117,18 +119,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="only these of an experiment's seeds")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one core each")
     parser.add_argument("--data", default="data", help="folder of the prepared data sets")
-    parser.add_argument("--output", default="docs/results.md")
+    parser.add_argument("--output", default="docs/results.md", help="the page; figures lie beside it, as .json")
     arguments = parser.parse_args(argv)
     chosen = [each for each in EXPERIMENTS if _is_chosen(each, arguments.only)]
     if not chosen:
         raise UserError(f"--only: {' '.join(arguments.only)} names none of {', '.join(known)}")
+    output = Path(arguments.output)
+    records = Records(output.with_suffix(".json"), RECIPE)
     runs = [(each, seed) for each in chosen for seed in each.seeds if seed in (arguments.seeds or each.seeds)]
+    missing = [(each, seed) for each, seed in runs if records.get(each.path, each.settings, seed) is None]
+    print(f"{len(runs) - len(missing)} of {len(runs)} runs were made before: {output.with_suffix('.json')}", flush=True)
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        futures = [pool.submit(_train, each.config(seed, arguments.data)) for each, seed in runs]
+        futures = {pool.submit(_train, each.config(seed, arguments.data)): (each, seed) for each, seed in missing}
         for future in as_completed(futures):
             print(future.result(), flush=True)
-            Path(arguments.output).write_text(page(arguments.data))
-    Path(arguments.output).write_text(page(arguments.data))
+            _keep(records, *futures[future], arguments.data)
+            output.write_text(page(records))
+    output.write_text(page(records))
 
 
 def _is_chosen(experiment: Experiment, only: list[str] | None) -> bool:
@@ -153,18 +160,27 @@ def _train(config: Config) -> str:
     return f"{config.run_dir}: " + ("done" if finished.returncode == 0 else f"failed, see {folder / 'log'}")
 
 
-def page(root: str) -> str:
-    """docs/results.md, of the runs that have finished with the present recipe."""
-    return _HEAD + "".join(_section(data, root) for data in ("ml-100k", "beauty", "diginetica"))
+def _keep(records: Records, experiment: Experiment, seed: int, root: str) -> None:
+    """Record a run that has finished."""
+    config = experiment.config(seed, root)
+    if is_finished(config):
+        result = storage.read_json(storage.join(config.run_dir, "result.json"))
+        metrics = sorted({metric for _, metric, _ in COLUMNS[experiment.data]})
+        records.put(experiment.path, experiment.settings, seed, result, metrics)
+
+
+def page(records: Records) -> str:
+    """docs/results.md, of the runs that were made with the present recipe."""
+    return _HEAD + "".join(_section(data, records) for data in ("ml-100k", "beauty", "diginetica"))
 
 
 _HEAD = f"""# Results
 
 Written by `make results`, which trains everything here on one core a run and can be ended and started again at any
-time. Every run has the settings of [{RECIPE}](../{RECIPE}), but for `model.fusion` and `training.strategy`; these
-settings were chosen on validation splits. Test splits, full ranking over all items; "new items" leaves the session's
-own out of the candidates. Mean of the seeds, and their standard deviation where there are several. Epochs: until the
-best validation result.
+time; every run's figures are in [results.json](results.json). Every run has the settings of
+[{RECIPE}](../{RECIPE}), but for `model.fusion` and `training.strategy`; these settings were chosen on validation
+splits. Test splits, full ranking over all items; "new items" leaves the session's own out of the candidates. Mean of
+the seeds, and their standard deviation where there are several. Epochs: until the best validation result.
 
 What features add is `concat_output` less `item_only` of the same seed: where it is not clear of its spread, or below 0,
 the features do not help.
@@ -173,20 +189,21 @@ Published figures are of other programs, partly with other filters or features, 
 """
 
 
-def _section(data: str, root: str) -> str:
+def _section(data: str, records: Records) -> str:
     columns = COLUMNS[data]
     headings = ["", *(heading for _, _, heading in columns), "epochs", "seeds"]
     lines = [headings, ["---"] * len(headings)]
-    baselines: dict | None = None
+    baselines: dict[str, dict] | None = None
     missing = []
     finished: dict[str, dict[int, dict]] = {}
     for experiment in (each for each in EXPERIMENTS if each.data == data):
-        finished[experiment.name] = _results(experiment, root)
+        of_seeds = {seed: records.get(experiment.path, experiment.settings, seed) for seed in experiment.seeds}
+        finished[experiment.name] = {seed: record for seed, record in of_seeds.items() if record}
         results = list(finished[experiment.name].values())
         if not results:
             missing.append(f"`{experiment.name}`")
             continue
-        baselines = baselines or results[0].get("baselines")
+        baselines = baselines or results[0]
         cells = [_cell([result[split][metric] for result in results]) for split, metric, _ in columns]
         seeds = f"{len(results)} of {len(experiment.seeds)}"
         lines.append([f"`{experiment.name}`", *cells, _epochs(results), seeds])
@@ -205,16 +222,6 @@ def _section(data: str, root: str) -> str:
         lines.append([name, *("-" if figure is None else f"{figure:.4f}" for figure in figures), "", "published"])
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return f"\n## {data}\n\n{table}" + (f"\nNot trained yet: {', '.join(missing)}.\n" if missing else "")
-
-
-def _results(experiment: Experiment, root: str) -> dict[int, dict]:
-    """Of each seed whose run has finished, its result."""
-    configs = {seed: experiment.config(seed, root) for seed in experiment.seeds}
-    return {
-        seed: storage.read_json(storage.join(config.run_dir, "result.json"))
-        for seed, config in configs.items()
-        if is_finished(config)
-    }
 
 
 def _cell(values: list[float], sign: str = "") -> str:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks import results
+from benchmarks.result_records import Records
 from gru4recf_dist import typed_yaml
 
 FIGURES = {0: 0.1, 1: 0.2, 2: 0.4}
 
 
 def _finish(path: str, seed: int, hit: float, **extra) -> None:
-    """The folder of a finished run; its NDCG is half of ``hit``."""
+    """The folder of a finished run, as `results` would leave it; its NDCG is half of ``hit``."""
     (experiment,) = (each for each in results.EXPERIMENTS if each.path == path)
     config = experiment.config(seed, "data").model_copy(update=extra)
     metrics = {"hit@10": hit, "ndcg@10": hit / 2}
@@ -40,6 +43,15 @@ def finished(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def _page() -> str:
+    """What the command writes when it has nothing to train."""
+    records = Records("page.json", results.RECIPE)
+    for experiment in results.EXPERIMENTS:
+        for seed in experiment.seeds:
+            results._keep(records, experiment, seed, "data")
+    return results.page(records)
+
+
 def _line(page: str, section: str, name: str) -> list[str]:
     part = page.partition(f"## {section}\n")[2].partition("\n## ")[0]
     (line,) = (line for line in part.splitlines() if line.startswith(f"| {name} |"))
@@ -47,7 +59,7 @@ def _line(page: str, section: str, name: str) -> list[str]:
 
 
 def test_the_page_has_means_spreads_epochs_baselines_and_published_figures(finished):
-    page = results.page("data")
+    page = _page()
     values = list(FIGURES.values())
     _, hit, *_, epochs, seeds = _line(page, "ml-100k", "`concat_output`")
     assert hit == f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
@@ -57,17 +69,31 @@ def test_the_page_has_means_spreads_epochs_baselines_and_published_figures(finis
 
 
 def test_what_features_add_is_the_mean_difference_of_the_same_seeds(finished):
-    assert "| what features add |" not in results.page("data")
+    assert "| what features add |" not in _page()
     for seed, hit in {0: 0.15, 2: 0.25}.items():
         _finish("ml-100k/item_only", seed, hit)
-    _, hit, ndcg, *_, seeds = _line(results.page("data"), "ml-100k", "what features add")
+    _, hit, ndcg, *_, seeds = _line(_page(), "ml-100k", "what features add")
     # Seeds 0 and 2: 0.1 - 0.15 and 0.4 - 0.25.
     assert (hit, seeds) == (f"+0.0500 ± {statistics.stdev([-0.05, 0.15]):.4f}", "2")
     assert ndcg == f"+0.0250 ± {statistics.stdev([-0.025, 0.075]):.4f}"
 
 
 def test_a_run_of_another_recipe_does_not_count(finished):
-    assert "Not trained yet: `item_only`, `concat_input`" in results.page("data")
+    assert "Not trained yet: `item_only`, `concat_input`" in _page()
+
+
+def test_what_was_made_is_kept_when_the_runs_are_gone_and_made_again_for_another_recipe(finished, monkeypatch):
+    before = _page()
+    shutil.rmtree("runs")
+    asked = []
+    monkeypatch.setattr(results, "_train", lambda config: asked.append(config.seed) or "trained")
+    assert results.main(["--only", "ml-100k/concat_output", "--output", "page.md"]) == 0
+    assert asked == [] and Path("page.md").read_text() == before
+    other = yaml.safe_load(Path(results.RECIPE).read_text())
+    Path("other.yaml").write_text(yaml.safe_dump({**other, "batch_size": 64}))
+    monkeypatch.setattr(results, "RECIPE", "other.yaml")
+    assert results.main(["--only", "ml-100k/concat_output", "--output", "page.md", "--jobs", "1"]) == 0
+    assert asked == [0, 1, 2] and "Not trained yet: `concat_output`" in Path("page.md").read_text()
 
 
 def test_every_experiment_is_a_valid_configuration_with_a_folder_of_its_own():

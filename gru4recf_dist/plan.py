@@ -170,6 +170,7 @@ def _text(workload: Workload, machine: speed.Machine, plan: dict) -> str:
         f"batch of {config.batch_size:,} sessions, {workload.session_events:.4g} events each; {loss}",
         f"a rank's step: {config.accumulation} x {counts['events']:,.0f} events, {counts['ids']:,.0f} distinct items"
         + (f"; {counts['negatives']:,.0f} distinct negatives" if workload.samples else ""),
+        f"the rank that is asked for most rows is asked for {counts['lookup_imbalance']:.2f} times the mean",
         "",
         *_section("memory of a rank's device", plan["device_bytes"], GIB, "GiB"),
         *_section("host memory of a node", plan["node_bytes"], GIB, "GiB"),

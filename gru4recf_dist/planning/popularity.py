@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,9 @@ import torch
 # Ranks up to here stand for themselves; further ones share buckets that grow by half a percent.
 _EXACT_RANKS = 10_000
 _GROWTH = 1.005
+# Items that are dealt out to ranks one by one, and how often, to see how unevenly.
+_DEALT = 2_000
+_DEALS = 200
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,31 @@ class Popularity:
         else:
             left_out = draws * np.log1p(-np.minimum(self.weight / (self.weight @ self.items), 1.0 - 1e-12))
         return float(-np.expm1(left_out) @ self.items)
+
+    def lookup_imbalance(self, draws: float, world: int) -> float:
+        """Expected rows that the most asked rank is asked for, over the mean, where each of ``world`` ranks asks for
+        the distinct items among its own ``draws`` events and items lie on ranks by chance.
+
+        Items that hardly any step does without weigh most: all ranks ask the same one for them. The most popular are
+        dealt out one by one, over and over; of all others the spread is that of independent items.
+        """
+        if world == 1:
+            return 1.0
+        share = np.minimum(self.weight / (self.weight @ self.items), 1.0 - 1e-12)
+        asked = -np.expm1(draws * np.log1p(-share))
+        falling = np.argsort(-asked, kind="stable")
+        single = falling[: np.searchsorted(np.cumsum(self.items[falling]), _DEALT, side="right")]
+        hot = np.repeat(asked[single], self.items[single].astype(np.int64))
+        rest = np.setdiff1d(falling, single)
+        mean = asked[rest] @ self.items[rest]
+        spread = math.sqrt((asked[rest] * (1.0 + (world - 1.0) * asked[rest])) @ self.items[rest])
+        generator, most = np.random.default_rng(0), []
+        for _ in range(_DEALS):
+            loads = mean + spread * generator.standard_normal(world)
+            owners = generator.integers(world, size=len(hot))
+            loads += np.bincount(owners, generator.binomial(world, hot), minlength=world)
+            most.append(loads.max() / loads.mean())
+        return float(np.mean(most))
 
     def distinct_negatives(self, draws: int, sampler: str, alpha: float) -> float:
         """Expected distinct items among ``draws`` negatives, which are drawn with replacement."""

@@ -182,6 +182,7 @@ class StepCounts:
     Attributes:
         events: packed events, T; `events_largest` of the rank with most.
         longest: events of the longest session, which an RNN takes one after the other.
+        lookup_imbalance: rows that the most asked rank is asked for, over the mean.
         ids: distinct items of inputs, and of targets where their rows are the same.
         target_ids: distinct items of targets, where some of their rows are no inputs; else 0.
         negatives: distinct negatives, of all ranks.
@@ -197,6 +198,7 @@ class StepCounts:
     negatives_share: float
     negatives_moved: float
     longest: float
+    lookup_imbalance: float = 1.0
 
 
 def expected_counts(workload: Workload) -> StepCounts:
@@ -226,15 +228,17 @@ def expected_counts(workload: Workload) -> StepCounts:
             share = math.ceil(negatives / world)
             # Rows before a rank deviate from an even share like a Brownian bridge: 0.31 sqrt(negatives) is its mean.
             moved = math.sqrt(math.pi / 32 * negatives) * (1.0 - 1.0 / world)
+    drawn = sessions * (workload.session_events if shares_rows else inputs)
     return StepCounts(
         events=events,
         # Lengths of sessions spread about as far as their mean.
         events_largest=events + spread * inputs * math.sqrt(sessions),
-        ids=workload.popularity.distinct(sessions * (workload.session_events if shares_rows else inputs)),
+        ids=workload.popularity.distinct(drawn),
         target_ids=workload.popularity.distinct(sessions * inputs) if workload.target_width else 0.0,
         negatives=negatives,
         negatives_share=share,
         negatives_moved=moved,
         # Of as many sessions the longest is expected at the mean times a harmonic number, if their lengths spread so.
         longest=min(inputs * (np.euler_gamma + math.log(max(sessions, 1.0))), config.loader.max_length),
+        lookup_imbalance=workload.popularity.lookup_imbalance(drawn, world),
     )

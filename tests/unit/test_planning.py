@@ -43,6 +43,23 @@ def test_distinct_items_of_a_log_are_those_of_drawing_from_it():
     assert popularity.of_counts(counts).distinct(150) == pytest.approx(np.mean(drawn), rel=0.01)
 
 
+@pytest.mark.parametrize(("world", "draws"), [(4, 600), (16, 600), (64, 300)])
+def test_the_most_asked_rank_is_that_of_items_dealt_to_ranks(world, draws):
+    """Few ranks are even, many are not: an item that all of them ask for is one rank's work."""
+    items, seen = 20_000, []
+    mass = np.cumsum(1.0 / np.arange(1, items + 1))
+    for seed in range(30):
+        generator = np.random.default_rng(seed)
+        owner, asked = generator.integers(world, size=items), np.zeros(world)
+        for _ in range(world):
+            ids = np.unique(np.searchsorted(mass, generator.random(draws) * mass[-1]))
+            asked += np.bincount(owner[ids], minlength=world)
+        seen.append(asked.max() / asked.mean())
+    expected = popularity.zipf(items, 1.0).lookup_imbalance(draws, world)
+    assert expected == pytest.approx(np.mean(seen), abs=4 * np.std(seen) / np.sqrt(len(seen)))
+    assert popularity.zipf(items, 1.0).lookup_imbalance(draws, 1) == 1.0
+
+
 @pytest.mark.parametrize("sampler", ["popularity", "log_uniform", "uniform"])
 def test_distinct_negatives_and_their_shares_are_those_of_the_sampler(sampler):
     counts = np.random.default_rng(1).permutation((1e6 / np.arange(1, 50_001)).astype(np.int64))

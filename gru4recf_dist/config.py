@@ -31,9 +31,10 @@ WEIGHTED = ("weighted_sum", "shared_w")
 
 
 class ModelConfig(Section):
-    """GRU4RecF. ``dropout`` acts on item embeddings (RecBole's only dropout); 0 switches off every dropout.
+    """GRU4RecF. ``dropout`` acts on item embeddings (RecBole's only dropout) unless ``dropout_embedding`` is given.
 
-    docs/architectures.md has the formula of each ``fusion``.
+    ``dropout: 0`` switches off every dropout, those that are given too. GRU4Rec's usual one, behind the RNN alone, is
+    any other ``dropout`` with ``dropout_embedding: 0``. docs/architectures.md has the formula of each ``fusion``.
     """
 
     fusion: Literal[
@@ -69,7 +70,12 @@ class ModelConfig(Section):
         "there is a dense layer, else untied",
     )
     output_bias: bool = Field(False, description="a learned number for each item is added to its scores")
-    dropout: float = Field(0.3, ge=0.0, lt=1.0)
+    dropout: float = Field(
+        0.3, ge=0.0, lt=1.0, description="on item rows as inputs; 0 switches off every dropout, whatever the others are"
+    )
+    dropout_embedding: float | None = Field(
+        None, ge=0.0, lt=1.0, description="on item rows as inputs, in place of dropout; null: as dropout"
+    )
     dropout_feature: float = Field(0.0, ge=0.0, lt=1.0, description="on the embedded features, of items and events")
     dropout_hidden: float = Field(0.0, ge=0.0, lt=1.0, description="on the RNN outputs, once they are put together")
     dropout_output: float = Field(0.0, ge=0.0, lt=1.0, description="on what is compared with the items")
@@ -89,9 +95,15 @@ class ModelConfig(Section):
         """Whether item rows are output rows too."""
         return self.output_table == "tied" or (self.output_table == "auto" and self.fusion not in WITHOUT_DENSE)
 
+    @property
+    def input_dropout(self) -> float:
+        """On item rows as inputs."""
+        return self.dropout if self.dropout_embedding is None else self.dropout_embedding
+
     @model_validator(mode="after")
     def _zero_dropout_is_zero_everywhere(self) -> ModelConfig:
         if self.dropout == 0.0:
+            self.dropout_embedding = None
             self.dropout_feature = self.dropout_hidden = self.dropout_output = 0.0
         return self
 
@@ -138,13 +150,29 @@ class LossConfig(Section):
     alpha: NonNegativeFloat = Field(0.75, description="popularity sampler: drawn in proportion to count ** alpha")
     logq: Literal["exact", "classic", "off"] = "exact"
     regularization: NonNegativeFloat = Field(1.0, description="bpr_max only: on the negatives' scores")
-    elu: NonNegativeFloat = Field(0.0, description="alpha of the ELU that scores pass before GRU4Rec's losses; 0: none")
+    elu: NonNegativeFloat = Field(0.0, description="GRU4Rec's losses only: alpha of an ELU on all scores; 0: none")
     block_rows: PositiveInt = Field(256, description="rows of logits that exist at a time")
 
     @property
     def samples(self) -> bool:
         """Whether negatives are drawn: all losses but the full softmax."""
         return self.name != "full_softmax"
+
+    @field_validator("logq", mode="before")
+    @classmethod
+    def _off_is_no_boolean(cls, given: Any) -> Any:
+        # YAML reads an off without quotes as false.
+        return "off" if given is False else given
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> LossConfig:
+        if self.elu and self.name.endswith("softmax"):
+            raise ValueError(f"elu is not for {self.name}: the scores of a softmax are taken as they are")
+        if self.name != "bpr_max" and self.regularization != type(self).model_fields["regularization"].default:
+            raise ValueError(f"regularization is not for {self.name}: bpr_max alone has it")
+        if self.name != "sampled_softmax" and self.logq != type(self).model_fields["logq"].default:
+            raise ValueError(f"logq is not for {self.name}: sampled_softmax alone has a correction")
+        return self
 
 
 class TableConfig(Section):

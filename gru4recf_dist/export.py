@@ -35,7 +35,7 @@ from gru4recf_dist.recommender import Recommender
 MODEL, SETTINGS = "model.pth", "recbole.yaml"
 _FUSIONS = {"concat_output": "GRU4RecF", "item_only": "GRU4Rec"}
 # Settings of the model that RecBole has too, that can be folded into its weights, or that only training knows.
-_EXPRESSED = ("features", "embedding_size", "hidden_size", "num_layers", "pooling", "dropout")
+_EXPRESSED = ("features", "embedding_size", "hidden_size", "num_layers", "pooling", "dropout", "dropout_embedding")
 _FOLDED = ("temperature", "learn_temperature")
 _ONLY_TRAINING = "dropout_"
 _KINDS = ("token", "token_seq", "float")
@@ -149,7 +149,7 @@ def _settings(config: Config, model: str, specs: list[FeatureSpec], data_set: st
         "embedding_size": config.model.embedding_size,
         "hidden_size": config.model.hidden_size,
         "num_layers": config.model.num_layers,
-        "dropout_prob": config.model.dropout,
+        "dropout_prob": config.model.input_dropout,
         "loss_type": "CE",
         "train_neg_sample_args": None,
         "learning_rate": config.optimizer.lr,

@@ -73,7 +73,7 @@ class SessionEncoder(nn.Module):
         self.dense_layer = nn.Linear(inputs, config.embedding_size) if inputs is not None else None
         weights = initial_weights(config)
         self.fusion_weights = nn.Parameter(weights) if weights is not None else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.input_dropout)
         self.dropout_feature = nn.Dropout(config.dropout_feature)
         self.dropout_hidden = nn.Dropout(config.dropout_hidden)
         self.dropout_output = nn.Dropout(config.dropout_output)

@@ -310,7 +310,9 @@ def test_an_encoder_without_event_features_is_the_one_it_was():
 
 
 def test_dropout_of_features_acts_on_event_features_too():
-    config = ModelConfig(fusion="item_only", embedding_size=D, hidden_size=H, dropout=1e-9, dropout_feature=0.5)
+    config = ModelConfig(
+        fusion="item_only", embedding_size=D, hidden_size=H, dropout=0.5, dropout_embedding=0.0, dropout_feature=0.5
+    )
     encoder = SessionEncoder(config, [], events=[KINDS["token"]])
     inputs = torch.ones(2000, D)
     torch.manual_seed(0)

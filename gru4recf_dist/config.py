@@ -142,7 +142,9 @@ class LossConfig(Section):
     """
 
     name: Literal["full_softmax", "sampled_softmax", "bpr", "bpr_max", "top1", "top1_max"] = "sampled_softmax"
-    negatives: PositiveInt = Field(2048, description="K, drawn with replacement, shared by the global batch")
+    negatives: NonNegativeInt = Field(
+        2048, description="K, drawn with replacement, shared by the global batch; 0: those of in_batch alone"
+    )
     in_batch: NonNegativeInt | Literal["all"] = Field(
         0, description="M, further ones drawn from the targets of the global batch; all: each target once, as GRU4Rec"
     )
@@ -163,6 +165,18 @@ class LossConfig(Section):
     def _off_is_no_boolean(cls, given: Any) -> Any:
         # YAML reads an off without quotes as false.
         return "off" if given is False else given
+
+    @model_validator(mode="after")
+    def _something_is_drawn(self) -> LossConfig:
+        if self.samples and not self.negatives and not self.in_batch:
+            raise ValueError("negatives is 0, and so is in_batch: there would be no negative")
+        if self.name == "sampled_softmax" and not self.negatives and self.logq != "off":
+            # Nothing stands for the items that are no target of the batch.
+            raise ValueError(
+                "negatives is 0, so items outside the batch are never drawn, and no correction makes up for that: set "
+                f"logq ({self.logq}) to off"
+            )
+        return self
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> LossConfig:

@@ -183,6 +183,15 @@ def test_wrong_value_names_key_and_value(override, key, value):
     assert value in text
 
 
+def test_negatives_may_be_those_of_the_batch_alone():
+    for loss in ("loss.name=bpr_max", "loss.logq=off", "loss.name=full_softmax"):
+        assert _load(loss, "loss.negatives=0", "loss.in_batch=all").loss.negatives == 0
+    assert "negatives is 0, and so is in_batch" in _error("loss.name=bpr", "loss.negatives=0")
+    for logq in ("exact", "classic"):
+        text = _error("loss.negatives=0", "loss.in_batch=all", f"loss.logq={logq}")
+        assert text.startswith("loss: negatives is 0") and f"set logq ({logq}) to off" in text
+
+
 @pytest.mark.parametrize("override", ["table.lr=.inf", "model.temperature=.inf"])
 def test_infinite_rates_are_refused(override):
     assert override.partition("=")[0] in _error(override)

@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("export runs on one rank: start it without torchrun")
         model, manifest = trained_run.load_model(config.model_copy(update={"device": "cpu"}), ranks)
         specs = recommender.feature_specs(config.model, manifest)
+        _check_features(specs, recommender.event_specs(config.model, manifest))
         weights = _weights(model, config.model)
         _check_weights(weights, config.model, specs)
         _write(arguments.output, config, manifest, weights, specs, given)
@@ -81,17 +82,36 @@ def _check_settings(model: ModelConfig) -> None:
         is_default = value == type(model).model_fields[name].get_default(call_default_factory=True)
         # Tied is how RecBole's are; event features that are not used are none.
         is_same = (name == "output_table" and model.tied) or (name == "event_features" and not value)
-        if is_default or is_same or name in ("fusion", *_EXPRESSED, *_FOLDED):
+        is_same |= name == "feature_sizes" and set(value.values()) <= {model.embedding_size}
+        # Which event features there are the data set knows: `_check_features`.
+        if is_default or is_same or name in ("fusion", "event_features", *_EXPRESSED, *_FOLDED):
             continue
+        if name == "feature_sizes":
+            raise UserError(
+                f"model.feature_sizes: RecBole embeds every feature in embedding_size ({model.embedding_size}), so "
+                f"{value!r} has no counterpart: train without it"
+            )
         if not name.startswith(_ONLY_TRAINING):
             raise UserError(f"model.{name}: RecBole has nothing like {value!r}, so the scores would be others")
         print(f"model.{name}: RecBole has none; it matters only if training goes on there", file=sys.stderr)
 
 
-def _check_weights(weights: dict[str, torch.Tensor], config: ModelConfig, specs: list[FeatureSpec]) -> None:
+def _check_features(specs: list[FeatureSpec], events: list[FeatureSpec]) -> None:
+    """Refuse features that RecBole has no counterpart of; the message says what to train with."""
     for spec in specs:
         if spec.kind not in _KINDS:
-            raise UserError(f"model.features: RecBole has nothing like '{spec.name}', a {spec.kind}")
+            raise UserError(f"model.features: RecBole has nothing like '{spec.name}', a {spec.kind}: train without it")
+        if spec.missing:
+            raise UserError(
+                f"model.features: '{spec.name}' has missing values, for which RecBole has no vector: prepare the data "
+                "with flag_missing: false, or train without it"
+            )
+    if events:
+        names = ", ".join(f"'{spec.name}'" for spec in events)
+        raise UserError(f"model.event_features: RecBole has none ({names} here): train with model.event_features=[]")
+
+
+def _check_weights(weights: dict[str, torch.Tensor], config: ModelConfig, specs: list[FeatureSpec]) -> None:
     unknown = set(weights) - set(weight_names(config, specs))
     if unknown:
         raise UserError(f"the weight '{min(unknown)}' has no counterpart in RecBole's {_FUSIONS[config.fusion]}")

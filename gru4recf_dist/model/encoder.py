@@ -172,8 +172,14 @@ def _run(gru: PackedGRU, events: torch.Tensor, batch_sizes: torch.Tensor) -> tor
 
 
 def _initialise(module: nn.Module) -> None:
-    """RecBole's `xavier_normal_initialization`: embeddings and dense layers; GRUs keep uniform(+-1/sqrt(H))."""
+    """RecBole's `xavier_normal_initialization`: embeddings and dense layers; GRUs keep uniform(+-1/sqrt(H)).
+
+    But the embeddings of what training may never meet start at zero.
+    """
     if isinstance(module, nn.Embedding | nn.Linear):
         nn.init.xavier_normal_(module.weight)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
+    elif isinstance(module, FeatureEmbedding):
+        # After its tables, which `Module.apply` reaches first.
+        module.blank()

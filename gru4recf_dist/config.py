@@ -77,7 +77,9 @@ class ModelConfig(Section):
         None, ge=0.0, lt=1.0, description="on item rows as inputs, in place of dropout; null: as dropout"
     )
     dropout_feature: float = Field(0.0, ge=0.0, lt=1.0, description="on the embedded features, of items and events")
-    dropout_hidden: float = Field(0.0, ge=0.0, lt=1.0, description="on the RNN outputs, once they are put together")
+    dropout_hidden: float = Field(
+        0.0, ge=0.0, lt=1.0, description="on the RNN outputs, once put together; and between their layers"
+    )
     dropout_output: float = Field(0.0, ge=0.0, lt=1.0, description="on what is compared with the items")
     score: Literal["dot", "cosine"] = "dot"
     temperature: PositiveFloat = Field(1.0, description="scores are divided by it, the output bias is not")

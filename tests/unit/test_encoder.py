@@ -298,6 +298,12 @@ def test_the_other_dropouts_act_where_they_say(setting, layer):
     torch.testing.assert_close(noisy["item_gru_layers"], clean["item_gru_layers"])
 
 
+def test_dropout_hidden_acts_between_the_layers_of_every_rnn():
+    model = make_model(MIXED, dropout=0.5, dropout_embedding=0.0, dropout_hidden=0.3, num_layers=2)
+    assert (model.item_gru_layers.dropout, model.feature_gru_layers.dropout) == (0.3, 0.3)
+    assert make_model(MIXED, dropout=0.0, dropout_hidden=0.3, num_layers=2).item_gru_layers.dropout == 0.0
+
+
 def test_dropout_embedding_takes_the_place_of_dropout():
     sessions = [[1 + i % N for i in range(30)]] * 20
     clean = _captured_inputs(make_model(MIXED).eval(), sessions)["item_gru_layers"]

@@ -33,8 +33,8 @@ WEIGHTED = ("weighted_sum", "shared_w")
 class ModelConfig(Section):
     """GRU4RecF. ``dropout`` acts on item embeddings (RecBole's only dropout) unless ``dropout_embedding`` is given.
 
-    ``dropout: 0`` switches off every dropout, those that are given too. GRU4Rec's usual one, behind the RNN alone, is
-    any other ``dropout`` with ``dropout_embedding: 0``. docs/architectures.md has the formula of each ``fusion``.
+    ``dropout: 0`` switches off every dropout, those that are given too. One behind the RNNs alone is any other
+    ``dropout`` with ``dropout_embedding: 0``. docs/architectures.md has the formula of each ``fusion``.
     """
 
     fusion: Literal[
@@ -148,7 +148,7 @@ class LossConfig(Section):
         2048, description="K, drawn with replacement, shared by the global batch; 0: those of in_batch alone"
     )
     in_batch: NonNegativeInt | Literal["all"] = Field(
-        0, description="M, further ones drawn from the targets of the global batch; all: each target once, as GRU4Rec"
+        0, description="M, further ones drawn from the targets of the global batch; all: each target once"
     )
     sampler: Literal["popularity", "log_uniform", "uniform"] = "popularity"
     alpha: NonNegativeFloat = Field(0.75, description="popularity sampler: drawn in proportion to count ** alpha")

@@ -1,12 +1,13 @@
 """The typed, validated configuration of training and evaluation.
 
 YAML under `configs/` holds a recipe; `key.sub=value` on the command line overrides it; what results is written to the
-run's folder as `config.yaml`. Every key, its default and its bounds are declared here and nowhere else.
+run's folder as `config.yaml`. Every key, its default and its bounds are declared here (of the sections `model` and
+`storage`: in `model_config` and `data.storage_config`) and nowhere else.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
     Field,
@@ -21,106 +22,8 @@ from pydantic import (
 from gru4recf_dist import typed_yaml
 from gru4recf_dist.data.storage_config import StorageConfig
 from gru4recf_dist.errors import UserError
+from gru4recf_dist.model_config import ModelConfig
 from gru4recf_dist.section import Section
-
-Pooling = Literal["mean", "sum", "max"]
-# Fusions whose output matrices act on the RNNs' outputs themselves; the others have a dense layer in between.
-WITHOUT_DENSE = ("parallel", "shared_w", "interaction")
-# Fusions that sum the RNNs' outputs with learned weights.
-WEIGHTED = ("weighted_sum", "shared_w")
-
-
-class ModelConfig(Section):
-    """GRU4RecF. ``dropout`` acts on item embeddings (RecBole's only dropout); 0 switches off every dropout.
-
-    docs/architectures.md has the formula of each ``fusion``.
-    """
-
-    fusion: Literal[
-        "concat_input",
-        "concat_output",
-        "weighted_sum",
-        "parallel",
-        "shared_w",
-        "interaction",
-        "item_only",
-        "feature_only",
-    ] = "concat_output"
-    features: list[str] | Literal["all"] = "all"
-    feature_groups: list[Annotated[list[str], Field(min_length=1)]] | None = Field(
-        None, min_length=1, description="an RNN for each group of features, [[a, b], [c]]; null: one for all of them"
-    )
-    event_features: list[str] | Literal["all"] = "all"
-    event_input: Literal["auto", "items", "features"] = Field(
-        "auto", description="RNN that event features go into; auto: the (first) one of the features, where there is one"
-    )
-    embedding_size: PositiveInt = 64
-    hidden_size: PositiveInt = 128
-    num_layers: PositiveInt = 1
-    feature_sizes: dict[str, PositiveInt] = Field({}, description="(event) feature -> its embedding size, if not that")
-    pooling: Pooling = "mean"
-    feature_pooling: dict[str, Pooling] = Field({}, description="token_seq feature -> its pooling, if another one")
-    fusion_weights: list[float] | None = Field(
-        None, description="initial weights of the item RNN's and each feature RNN's output; null: equal, of sum 1"
-    )
-    output_table: Literal["auto", "tied", "untied"] = Field(
-        "auto",
-        description="whether item rows are output rows too, or outputs have a table of their own; auto: tied where "
-        "there is a dense layer, else untied",
-    )
-    output_bias: bool = Field(False, description="a learned number for each item is added to its scores")
-    dropout: float = Field(0.3, ge=0.0, lt=1.0)
-    dropout_feature: float = Field(0.0, ge=0.0, lt=1.0, description="on the embedded features, of items and events")
-    dropout_hidden: float = Field(0.0, ge=0.0, lt=1.0, description="on the RNN outputs, once they are put together")
-    dropout_output: float = Field(0.0, ge=0.0, lt=1.0, description="on what is compared with the items")
-    score: Literal["dot", "cosine"] = "dot"
-    temperature: PositiveFloat = Field(1.0, description="scores are divided by it, the output bias is not")
-    learn_temperature: bool = False
-
-    @property
-    def subnet_count(self) -> int:
-        """RNNs, each with what belongs to it alone."""
-        if self.fusion in ("item_only", "concat_input"):
-            return 1
-        return (self.fusion != "feature_only") + len(self.feature_groups or [[]])
-
-    @property
-    def tied(self) -> bool:
-        """Whether item rows are output rows too."""
-        return self.output_table == "tied" or (self.output_table == "auto" and self.fusion not in WITHOUT_DENSE)
-
-    @model_validator(mode="after")
-    def _zero_dropout_is_zero_everywhere(self) -> ModelConfig:
-        if self.dropout == 0.0:
-            self.dropout_feature = self.dropout_hidden = self.dropout_output = 0.0
-        return self
-
-    @model_validator(mode="after")
-    def _fusion_fits(self) -> ModelConfig:
-        fusion, groups = self.fusion, self.feature_groups
-        if groups is not None:
-            if fusion in ("item_only", "concat_input"):
-                raise ValueError(f"feature_groups is not for fusion {fusion}, which has no RNN of features")
-            names = [name for group in groups for name in group]
-            if len(set(names)) < len(names):
-                raise ValueError("feature_groups names a feature twice")
-            if self.features != "all" and set(self.features) != set(names):
-                raise ValueError("feature_groups names other features than features (which may be left out)")
-        if self.fusion_weights is not None:
-            if fusion not in WEIGHTED:
-                raise ValueError(f"fusion_weights is not for fusion {fusion} ({' and '.join(WEIGHTED)} have weights)")
-            if len(self.fusion_weights) != self.subnet_count:
-                raise ValueError(
-                    f"fusion_weights must be {self.subnet_count}, the item RNN's and one for each RNN of features"
-                )
-        if fusion == "feature_only" and self.output_table == "untied":
-            raise ValueError("output_table cannot be untied with fusion feature_only: item rows are outputs only")
-        if fusion in WITHOUT_DENSE and self.tied and self.hidden_size != self.embedding_size:
-            raise ValueError(
-                f"output_table tied with fusion {fusion} needs hidden_size ({self.hidden_size}) to be "
-                f"embedding_size ({self.embedding_size}): there is no dense layer in between"
-            )
-        return self
 
 
 class LossConfig(Section):
@@ -130,21 +33,51 @@ class LossConfig(Section):
     """
 
     name: Literal["full_softmax", "sampled_softmax", "bpr", "bpr_max", "top1", "top1_max"] = "sampled_softmax"
-    negatives: PositiveInt = Field(2048, description="K, drawn with replacement, shared by the global batch")
+    negatives: NonNegativeInt = Field(
+        2048, description="K, drawn with replacement, shared by the global batch; 0: those of in_batch alone"
+    )
     in_batch: NonNegativeInt | Literal["all"] = Field(
-        0, description="M, further ones drawn from the targets of the global batch; all: each target once, as GRU4Rec"
+        0, description="M, further ones drawn from the targets of the global batch; all: each target once"
     )
     sampler: Literal["popularity", "log_uniform", "uniform"] = "popularity"
     alpha: NonNegativeFloat = Field(0.75, description="popularity sampler: drawn in proportion to count ** alpha")
     logq: Literal["exact", "classic", "off"] = "exact"
     regularization: NonNegativeFloat = Field(1.0, description="bpr_max only: on the negatives' scores")
-    elu: NonNegativeFloat = Field(0.0, description="alpha of the ELU that scores pass before GRU4Rec's losses; 0: none")
+    elu: NonNegativeFloat = Field(0.0, description="GRU4Rec's losses only: alpha of an ELU on all scores; 0: none")
     block_rows: PositiveInt = Field(256, description="rows of logits that exist at a time")
 
     @property
     def samples(self) -> bool:
         """Whether negatives are drawn: all losses but the full softmax."""
         return self.name != "full_softmax"
+
+    @field_validator("logq", mode="before")
+    @classmethod
+    def _off_is_no_boolean(cls, given: Any) -> Any:
+        # YAML reads an off without quotes as false.
+        return "off" if given is False else given
+
+    @model_validator(mode="after")
+    def _something_is_drawn(self) -> LossConfig:
+        if self.samples and not self.negatives and not self.in_batch:
+            raise ValueError("negatives is 0, and so is in_batch: there would be no negative")
+        if self.name == "sampled_softmax" and not self.negatives and self.logq != "off":
+            # Nothing stands for the items that are no target of the batch.
+            raise ValueError(
+                "negatives is 0, so items outside the batch are never drawn, and no correction makes up for that: set "
+                f"logq ({self.logq}) to off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> LossConfig:
+        if self.elu and self.name.endswith("softmax"):
+            raise ValueError(f"elu is not for {self.name}: the scores of a softmax are taken as they are")
+        if self.name != "bpr_max" and self.regularization != type(self).model_fields["regularization"].default:
+            raise ValueError(f"regularization is not for {self.name}: bpr_max alone has it")
+        if self.name != "sampled_softmax" and self.logq != type(self).model_fields["logq"].default:
+            raise ValueError(f"logq is not for {self.name}: sampled_softmax alone has a correction")
+        return self
 
 
 class TableConfig(Section):

@@ -159,10 +159,10 @@ def _event_feature(text: str, place: int) -> FeatureSpec:
 def _text(workload: Workload, machine: speed.Machine, plan: dict) -> str:
     config: Config = workload.config
     loss = config.loss.name.replace("_", " ")
+    drawn = [f"{config.loss.negatives:,} negatives ({config.loss.sampler})"] * bool(config.loss.negatives)
+    drawn += [f"{config.loss.in_batch} of the batch"] * bool(config.loss.in_batch)
     if workload.samples:
-        loss += f" with {config.loss.negatives:,} negatives ({config.loss.sampler})"
-    if workload.samples and config.loss.in_batch:
-        loss += f" and {config.loss.in_batch} of the batch"
+        loss += f" with {' and '.join(drawn)}"
     counts = plan["counts"]
     lines = [
         f"{workload.items:,} items of {workload.dim} values, table optimizer {config.table.optimizer}, "

@@ -91,9 +91,13 @@ class SessionReader:
             UserError: a line is not of the expected form; it is named by its number.
         """
         for chunk in _chunks(_lines(source, url)):
-            known = self.index.ids({str(token) for _, line in chunk for token in line["items"]})
-            for place, line in chunk:
-                yield self._session(line, place, known)
+            yield from self.sessions(chunk)
+
+    def sessions(self, lines: list[tuple[str, dict[str, Any]]]) -> Iterator[Session]:
+        """The sessions of parsed lines, each with its place, which messages name; errors as `read`."""
+        known = self.index.ids({str(token) for _, line in lines for token in line["items"]})
+        for place, line in lines:
+            yield self._session(line, place, known)
 
     def padding(self) -> Session:
         """In place of a session without a known item: one event that is none."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from gru4recf_dist.config import Config, ModelConfig
-from gru4recf_dist.data.event_columns import EventFeature
+from gru4recf_dist.data.event_columns import MISSING_ID, UNKNOWN_ID, EventFeature
 from gru4recf_dist.data.shard_format import Manifest
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.model.encoder import SessionEncoder
@@ -81,7 +81,7 @@ def used_event_features(config: ModelConfig, manifest: Manifest) -> list[EventFe
 
 
 def event_specs(config: ModelConfig, manifest: Manifest) -> list[FeatureSpec]:
-    """`used_event_features` as the encoder embeds them. At any later event a number may be missing."""
+    """`used_event_features` as the encoder embeds them. At any later event a value may be missing or unknown."""
     return [
         FeatureSpec(
             feature.name,
@@ -89,6 +89,8 @@ def event_specs(config: ModelConfig, manifest: Manifest) -> list[FeatureSpec]:
             feature.size,
             dim=_own_size(config, feature.name),
             missing=feature.kind == "float",
+            # Of a time gap 1 is a session's first event.
+            blank=(MISSING_ID,) if feature.kind == "time_gap" else (MISSING_ID, UNKNOWN_ID),
         )
         for feature in used_event_features(config, manifest)
     ]

@@ -50,30 +50,34 @@ class SessionEncoder(nn.Module):
         self.config, self.compute_dtype = config, compute_dtype
         self.parts = output_parts(config)
         self.take_part(None)
-        hidden, layers = config.hidden_size, config.num_layers
+        hidden = config.hidden_size
+
+        def make_gru(width: int) -> PackedGRU:
+            return PackedGRU(width, hidden, config.num_layers, config.dropout_hidden)
+
         groups = grouped(config, specs)
         concatenates_input = config.fusion == "concat_input"
         self.event_inputs = EventInputs(config, list(events))
         item_width = config.embedding_size + self.event_inputs.width(ITEM)
         # In this order: the initial values depend on it.
         if has_item_subnet(config) and not concatenates_input:
-            self.item_gru_layers = PackedGRU(item_width, hidden, layers)
+            self.item_gru_layers = make_gru(item_width)
         self.feature_embed_layer: nn.Module | None = None
         if groups:
             embeds = [FeatureEmbedding(specs, config.embedding_size, config.pooling) for specs in groups]
             self.feature_embed_layer = _one_or_list(embeds)
             widths = [embed.width for embed in embeds]
             if concatenates_input:
-                self.item_gru_layers = PackedGRU(item_width + widths[0], hidden, layers)
+                self.item_gru_layers = make_gru(item_width + widths[0])
             else:
                 names = feature_subnets(config)
                 widths = [width + self.event_inputs.width(name) for name, width in zip(names, widths, strict=True)]
-                self.feature_gru_layers = _one_or_list([PackedGRU(width, hidden, layers) for width in widths])
+                self.feature_gru_layers = _one_or_list([make_gru(width) for width in widths])
         inputs = dense_inputs(config)
         self.dense_layer = nn.Linear(inputs, config.embedding_size) if inputs is not None else None
         weights = initial_weights(config)
         self.fusion_weights = nn.Parameter(weights) if weights is not None else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.input_dropout)
         self.dropout_feature = nn.Dropout(config.dropout_feature)
         self.dropout_hidden = nn.Dropout(config.dropout_hidden)
         self.dropout_output = nn.Dropout(config.dropout_output)
@@ -172,8 +176,14 @@ def _run(gru: PackedGRU, events: torch.Tensor, batch_sizes: torch.Tensor) -> tor
 
 
 def _initialise(module: nn.Module) -> None:
-    """RecBole's `xavier_normal_initialization`: embeddings and dense layers; GRUs keep uniform(+-1/sqrt(H))."""
+    """RecBole's `xavier_normal_initialization`: embeddings and dense layers; GRUs keep uniform(+-1/sqrt(H)).
+
+    But the embeddings of what training may never meet start at zero.
+    """
     if isinstance(module, nn.Embedding | nn.Linear):
         nn.init.xavier_normal_(module.weight)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
+    elif isinstance(module, FeatureEmbedding):
+        # After its tables, which `Module.apply` reaches first.
+        module.blank()

@@ -8,6 +8,9 @@ from typing import Literal
 import torch
 from torch import nn
 
+# Of every vocabulary: values that it does not have.
+UNKNOWN_ID = 1
+
 
 @dataclass(frozen=True)
 class FeatureSpec:
@@ -18,6 +21,8 @@ class FeatureSpec:
         dim: of its embedded value; None: the one that features have by default.
         pooling: of a token_seq; None: the default one.
         missing: float: missing values arrive as NaN, and have a learned vector of their own.
+        blank: token, token_seq: rows that training may never meet, such as that of unknown values. They start at zero,
+            which adds nothing to what an RNN sees, until they are trained.
     """
 
     name: str
@@ -26,6 +31,7 @@ class FeatureSpec:
     dim: int | None = None
     pooling: Literal["mean", "sum", "max"] | None = None
     missing: bool = False
+    blank: tuple[int, ...] = (UNKNOWN_ID,)
 
 
 # RecBole's FeatureSeqEmbLayer concatenates token fields, then token_seq fields, then float fields.
@@ -136,6 +142,20 @@ class FeatureEmbedding(nn.Module):
             {str(place): torch.zeros(self._dim(spec)) for place, spec in enumerate(self.specs) if spec.missing}
         )
 
+    @torch.no_grad()
+    def blank(self) -> None:
+        """Bring the rows to zero that `FeatureSpec.blank` names; what draws the other rows is asked no less for it."""
+        shared = [spec for spec in self.specs if spec.kind == "token" and spec.dim is None]
+        own = [spec for spec in self.specs if spec.kind == "token" and spec.dim is not None]
+        sequences = [spec for spec in self.specs if spec.kind == "token_seq"]
+        for field, spec in enumerate(shared):
+            table = self.token_embedding_table["item"]
+            table.embedding.weight[[table.offsets[field] + row for row in _there(spec)]] = 0.0
+        for table, spec in zip(self.sized_token_tables, own, strict=True):
+            table.weight[_there(spec)] = 0.0
+        for field, spec in enumerate(sequences):
+            self.token_seq_embedding_table["item"][field].weight[_there(spec)] = 0.0
+
     def _dim(self, spec: FeatureSpec) -> int:
         return self.dim if spec.dim is None else spec.dim
 
@@ -187,6 +207,11 @@ class FeatureEmbedding(nn.Module):
         # Zero before the product: backward would make NaN of the weight's gradient otherwise.
         embedded = table(field, values.masked_fill(missing, 0.0))
         return embedded + missing[:, None].to(embedded.dtype) * self.missing_vectors[str(place)]
+
+
+def _there(spec: FeatureSpec) -> list[int]:
+    """The blank rows of a vocabulary; one without any value has no row of unknown ones."""
+    return [row for row in spec.blank if row < spec.size]
 
 
 def _pool(embedded: torch.Tensor, real: torch.Tensor, pooling: str) -> torch.Tensor:

@@ -11,8 +11,8 @@ from functools import reduce
 
 import torch
 
-from gru4recf_dist.config import WEIGHTED, WITHOUT_DENSE, ModelConfig
 from gru4recf_dist.model.subnets import subnets
+from gru4recf_dist.model_config import WEIGHTED, WITHOUT_DENSE, ModelConfig
 
 
 def put_together(

@@ -15,21 +15,40 @@ class PackedGRU(nn.GRU):
     """`torch.nn.GRU` without bias, for packed sequences from a zero state: same parameters, equations and results.
 
     On a GPU and in half precision it is torch's.
+
+    Args:
+        dropout: on what each layer but the last hands to the next one, while training; as `torch.nn.GRU`'s.
     """
 
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int) -> None:
-        super().__init__(input_size, hidden_size, num_layers, bias=False)
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int, dropout: float = 0.0) -> None:
+        super().__init__(input_size, hidden_size, num_layers, bias=False, dropout=dropout if num_layers > 1 else 0.0)
 
     def forward(self, packed: PackedSequence) -> PackedSequence:
         """Outputs of the last layer, in the layout of ``packed``."""
         events, batch_sizes = packed.data, packed.batch_sizes
         if events.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-            return super().forward(packed)[0]
+            return self._by_torch(packed)
         sizes = batch_sizes.tolist()
         for layer in range(self.num_layers):
             weights = getattr(self, f"weight_ih_l{layer}"), getattr(self, f"weight_hh_l{layer}")
-            events = _PackedLayer.apply(events, *weights, sizes)
+            events = _PackedLayer.apply(self._between(layer, events), *weights, sizes)
         return packed._replace(data=events)
+
+    def _by_torch(self, packed: PackedSequence) -> PackedSequence:
+        if not (self.dropout and self.training):
+            return super().forward(packed)[0]
+        # A layer at a time: cuDNN's own dropout has a generator that no seed of a step resets.
+        events, batch_sizes = packed.data, packed.batch_sizes
+        for layer in range(self.num_layers):
+            events = self._between(layer, events)
+            weights = [getattr(self, f"weight_ih_l{layer}"), getattr(self, f"weight_hh_l{layer}")]
+            start = events.new_zeros(1, int(batch_sizes[0]), self.hidden_size)
+            events, _ = torch._VF.gru(events, batch_sizes, start, weights, False, 1, 0.0, True, False)
+        return packed._replace(data=events)
+
+    def _between(self, layer: int, events: torch.Tensor) -> torch.Tensor:
+        """What a layer sees of the ``events`` that the one before it gave."""
+        return nn.functional.dropout(events, self.dropout, self.training) if layer and self.dropout else events
 
 
 class _PackedLayer(torch.autograd.Function):

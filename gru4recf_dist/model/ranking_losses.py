@@ -14,9 +14,10 @@ The authors' code passes the scores through an activation first, and their publi
 ELU there (https://github.com/hidasib/GRU4Rec, `final_act`; in its PyTorch port `elu_param`): with alpha > 0, r and r_j
 above stand for ELU_alpha(r) and ELU_alpha(r_j). It grows with the score, so rankings do not need it.
 
-A negative that was drawn c times counts as c negatives. One that is the target itself is left out; the authors' code
-leaves it out of s_j, and in the sums keeps the constant that the target adds against itself. Where no negative is left
-the loss is 0.
+A negative that was drawn c times counts as c negatives. One that is the target itself is left out, however often and by
+whom it was drawn. The authors' code masks only the position's own place in the batch, and that in s_j alone: in the
+means it adds a constant and is counted, and further copies of the target (of another session, or sampled) stay
+negatives. Where no negative is left the loss is 0.
 
 Shapes: T queries, U distinct negatives, D size of a query; b rows of a block.
 """

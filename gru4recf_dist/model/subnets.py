@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gru4recf_dist.config import WITHOUT_DENSE, ModelConfig
 from gru4recf_dist.model.features import FeatureSpec
+from gru4recf_dist.model_config import WITHOUT_DENSE, ModelConfig
 
 ITEM, FEATURE = "item", "feature"
 # Names of tables; that of the item rows is also the first part of their names in a checkpoint.

@@ -51,7 +51,8 @@ def node_bytes(workload: Workload, ranks_per_node: int) -> dict[str, float]:
     if workload.config.checkpoint.in_background:
         parts["copy for checkpoints"] = table["table rows"] + table["row optimizer state"]
     # The ranks of a node share these: counts, and a running sum or two orders of half the width.
-    arrays = 2 if workload.samples and workload.config.loss.sampler != "uniform" else 1
+    loss = workload.config.loss
+    arrays = 2 if loss.samples and loss.negatives and loss.sampler != "uniform" else 1
     parts["popularity and sampler"] = 8.0 * arrays * (workload.items + 1)
     return parts
 

@@ -32,11 +32,13 @@ class Popularity:
 
     def distinct(self, draws: float) -> float:
         """Expected distinct items among ``draws`` events: of a log with an end, drawn without replacement."""
+        return float(-np.expm1(self._log_left_out(draws)) @ self.items)
+
+    def _log_left_out(self, draws: float) -> np.ndarray:
+        """log of the probability that an item of each group is not among ``draws`` events; float64 [G]."""
         if self.events is not None:
-            left_out = np.log1p(-min(draws / self.events, 1.0 - 1e-12)) * self.weight
-        else:
-            left_out = draws * np.log1p(-np.minimum(self.weight / (self.weight @ self.items), 1.0 - 1e-12))
-        return float(-np.expm1(left_out) @ self.items)
+            return np.log1p(-min(draws / self.events, 1.0 - 1e-12)) * self.weight
+        return draws * np.log1p(-np.minimum(self.weight / (self.weight @ self.items), 1.0 - 1e-12))
 
     def lookup_imbalance(self, draws: float, world: int) -> float:
         """Expected rows that the most asked rank is asked for, over the mean, where each of ``world`` ranks asks for
@@ -91,11 +93,8 @@ class Popularity:
             ends = 1.0 + np.cumsum(self.items[falling])
             mass = np.empty_like(self.weight)
             mass[falling] = np.log(ends / (ends - self.items[falling])) / self.items[falling]
-        share, proposal = self.weight / (self.weight @ self.items), mass / (mass @ self.items)
-        smallest = 1.0 - 1e-12
-        met = -np.expm1(events * np.log1p(-np.minimum(share, smallest)))
-        missed = np.exp(draws * np.log1p(-np.minimum(proposal, smallest)))
-        return float((met * missed) @ self.items)
+        missed = np.exp(draws * np.log1p(-np.minimum(mass / (mass @ self.items), 1.0 - 1e-12)))
+        return float((-np.expm1(self._log_left_out(events)) * missed) @ self.items)
 
 
 def zipf(items: int, exponent: float) -> Popularity:

@@ -101,7 +101,7 @@ class Workload:
     def logit_cost(self) -> LogitCost:
         loss = self.config.loss
         cost = _LOGIT_COSTS[loss.name]
-        return cost + _ELU if loss.elu and cost is not _SOFTMAX else cost
+        return cost + _ELU if loss.elu else cost
 
     @property
     def over_gloo(self) -> bool:

@@ -114,7 +114,7 @@ def _write_events(url: str, data: str, manifest: Manifest, items: list[str]) -> 
     with storage.open_atomic(url) as stream, io.TextIOWrapper(stream, "utf-8", newline="\n") as text:
         text.write(f"{USER_FIELD}:token\t{ITEM_FIELD}:token\t{TIME_FIELD}:float\n")
         for shard in split.shards:
-            for block in read_blocks(data, shard, manifest.items):
+            for block in read_blocks(data, shard, manifest.items, event_features=manifest.event_features):
                 ends = np.cumsum(block.lengths)
                 for session, start, stop in zip(block.sessions, ends - block.lengths, ends, strict=True):
                     events = block.items[start:stop].tolist()

@@ -67,6 +67,8 @@ def gather_targets(targets: list[torch.Tensor], ranks: Ranks) -> BatchTargets:
 class StepProposal:
     """What one step's negatives are drawn from: K times from the sampler's q and M times from the batch's targets.
 
+    K may be 0: then a batch without a target has no negative.
+
     Of item j, K q_j + M p_j draws are expected, where p_j is its share of this batch's targets. A draw of either source
     counts by the inverse of that sum (the balance heuristic of Veach & Guibas, SIGGRAPH 1995; for two sources of
     negatives see Yang et al., "Mixed Negative Sampling", WWW 2020 Companion): then the sum over all draws estimates the

@@ -20,8 +20,8 @@ _LOOK_ROWS = 1 << 17
 
 
 @dataclass
-class _Column:
-    """One feature of this rank's rows; ``indptr`` only for multi-valued ones."""
+class FeatureColumn:
+    """One feature of some rows, as they lie on disk; ``indptr`` only for multi-valued ones."""
 
     feature: Feature
     values: torch.Tensor
@@ -71,7 +71,7 @@ class FeatureStore:
         self.ranks = ranks
         rows = RowPartition(manifest.items + 1, ranks.world).range_of(ranks.rank)
         self._columns = [
-            _read_column(data, manifest.feature(name), manifest.items, rows, device or ranks.device) for name in names
+            read_column(data, manifest.feature(name), manifest.items, rows, device or ranks.device) for name in names
         ]
 
     def lookup(self, exchange: Exchange) -> dict[str, torch.Tensor]:
@@ -90,7 +90,12 @@ class FeatureStore:
         return {column.feature.name: column.decode(part) for column, part in zip(self._columns, parts, strict=True)}
 
 
-def _read_column(data: str, feature: Feature, items: int, rows: range, device: torch.device) -> _Column:
+def read_column(data: str, feature: Feature, items: int, rows: range, device: torch.device) -> FeatureColumn:
+    """A feature of the global ``rows``.
+
+    Raises:
+        UserError: a file does not fit the manifest.
+    """
     url = file_url(data, feature.values)
     if feature.kind != "token_seq":
         dtype = np.int32 if feature.kind == "token" else np.float32
@@ -101,7 +106,7 @@ def _read_column(data: str, feature: Feature, items: int, rows: range, device: t
             _check_tokens(url, values, feature)
         else:
             _check_numbers(url, values, feature)
-        return _Column(feature, torch.from_numpy(values).to(device))
+        return FeatureColumn(feature, torch.from_numpy(values).to(device))
     indptr_url = file_url(data, feature.indptr)
     _check_header(indptr_url, np.int64, (items + 2,))
     # A rank without rows still reads one bound.
@@ -116,7 +121,7 @@ def _read_column(data: str, feature: Feature, items: int, rows: range, device: t
     _check(url, values, np.int32, int(indptr[-1] - indptr[0]))
     _check_tokens(url, values, feature)
     indptr -= int(indptr[0])
-    return _Column(feature, torch.from_numpy(values).to(device), torch.from_numpy(indptr).to(device))
+    return FeatureColumn(feature, torch.from_numpy(values).to(device), torch.from_numpy(indptr).to(device))
 
 
 def _ascends(bounds: np.ndarray, longest: int) -> bool:

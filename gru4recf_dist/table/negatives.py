@@ -53,6 +53,9 @@ class NegativeSampler:
         self.count, self.kind, self.seed = config.negatives, config.sampler, seed
         self._cumulative: np.ndarray | None = None
         self._by_rank: np.ndarray | None = None
+        if not self.count:
+            # Nothing of the catalog's size is kept for what is never asked.
+            self.kind = "uniform"
         if self.kind == "popularity":
             self._popularity, self._alpha = popularity, config.alpha
             (self._cumulative,) = allocate([(self.items, np.float64)], self._sum_up)
@@ -72,8 +75,8 @@ class NegativeSampler:
         return np.full(len(ids), -np.log(self.items))
 
     def log_expected(self, ids: np.ndarray) -> np.ndarray:
-        """log(K q) of each of ``ids``; float64."""
-        return self.log_q(ids) + np.log(self.count)
+        """log(K q) of each of ``ids``; float64, -inf if nothing is drawn."""
+        return self.log_q(ids) + (np.log(self.count) if self.count else -np.inf)
 
     def draw(self, step: int) -> Negatives:
         """The negatives of a step: the same on every rank and for any number of ranks."""

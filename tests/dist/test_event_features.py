@@ -21,7 +21,7 @@ from tests.dist.test_resume import resume, train_until
 from tests.dist.test_world_size_equality import ADAM, SGD, relative_error
 from tests.support.ranks import RankFailed, run_ranks
 from tests.support.synthetic import event_values, random_sessions, write_dataset
-from tests.support.training import final_state, small_config, train, whole
+from tests.support.training import final_state, logged_lines, small_config, train, whole
 
 pytestmark = pytest.mark.dist
 SIZES = "model.feature_sizes={type: 3, price: 5, category: 6}"
@@ -71,6 +71,27 @@ def test_float64_updates_are_equal_at_1_and_2_ranks(tmp_path, data, optimizers, 
         for name, tensor in reference.items():
             assert relative_error(state[name], tensor) < 1e-10, name
         assert found["test"] == result
+
+
+def test_half_precision_and_deepspeed_train_them_too(tmp_path, data):
+    engines = {
+        "float32": (),
+        "bf16": ("precision=bf16",),
+        "deepspeed": ("engine.name=deepspeed", "engine.deepspeed.zero_optimization.stage=1"),
+    }
+    fusion = ("model.fusion=weighted_sum", "model.output_table=untied", "max_steps=8", SIZES)
+    configs = {name: small_config(data, tmp_path / name, *ADAM, *fusion, *given) for name, given in engines.items()}
+    found = run_ranks(2, train_each, tmp_path, configs)
+    states = {name: whole([rank[name][1] for rank in found]) for name in engines}
+    losses = {name: logged_lines(tmp_path / name)[0]["train/loss"] for name in engines}
+    # It must not be float32 under another name.
+    assert losses["bf16"] != losses["float32"] and losses["deepspeed"] == pytest.approx(losses["float32"], rel=1e-5)
+    for name, bound in (("bf16", 0.02), ("deepspeed", 1e-5)):
+        for key, tensor in states["float32"].items():
+            if name == "deepspeed" or not key.startswith("optimizer."):
+                assert relative_error(states[name][key], tensor) < bound, (name, key)
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        assert result["test"]["ndcg@10"] > 0
 
 
 GROUPS = "model.feature_groups=[[tags,category],[price]]"

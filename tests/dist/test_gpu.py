@@ -18,10 +18,22 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 BOUNDS = {"bf16": 0.08, "fp16": 0.02}
 
 
-@pytest.mark.parametrize("loss", ["sampled_softmax", "full_softmax", "bpr_max"])
-def test_a_gpu_makes_the_updates_of_the_cpu(tmp_path, loss):
-    write_dataset(str(tmp_path / "data"), random_sessions(0, 41, 30), random_sessions(1, 9, 30))
-    options = ("optimizer.name=sgd", "table.optimizer=sgd", f"loss.name={loss}")
+# Several tables and RNNs of two layers, event features, and subnets that take turns.
+OTHER = (
+    *("model.fusion=parallel", "model.feature_groups=[[tags,category],[price]]", "model.output_bias=true"),
+    *("model.num_layers=2", "training.strategy=interleaving"),
+)
+
+
+@pytest.mark.parametrize(
+    ("loss", "model"),
+    [("sampled_softmax", ()), ("full_softmax", ()), ("bpr_max", ()), ("sampled_softmax", OTHER)],
+    ids=["sampled", "full", "bpr-max", "parallel-interleaving-event-features"],
+)
+def test_a_gpu_makes_the_updates_of_the_cpu(tmp_path, loss, model):
+    data = str(tmp_path / "data")
+    write_dataset(data, random_sessions(0, 41, 30), random_sessions(1, 9, 30), event_features=bool(model))
+    options = ("optimizer.name=sgd", "table.optimizer=sgd", f"loss.name={loss}", *model)
     states = {}
     for device in ("cpu", "cuda"):
         config = small_config(tmp_path / "data", tmp_path / device, *options, f"device={device}")

@@ -31,6 +31,7 @@ LOSSES = {
     "micro-batches": ("accumulation=2",),
     "in-batch": ("loss.in_batch=64",),
     "ranking": ("loss.name=bpr_max", "loss.in_batch=all"),
+    "batch alone": ("loss.name=top1", "loss.negatives=0", "loss.in_batch=all"),
     "two tables": ("model.fusion=parallel", "model.output_table=tied", "model.output_bias=true", "table.clip=1.0"),
     "other outputs": ("model.fusion=shared_w", "model.hidden_size=12"),
     "outputs only": ("model.fusion=feature_only", "loss.name=full_softmax", "loss.block_rows=512"),

@@ -100,18 +100,33 @@ def test_a_resumed_run_ends_bit_equal_to_an_unbroken_one(tmp_path, data, world, 
     assert [line["step"] for line in logged if "train/lr" in line] == list(range(1, 14))
 
 
-def test_a_checkpoint_resumes_at_other_world_sizes_and_under_another_engine(tmp_path, data):
-    settings = (*OPTIONS, *STEPS, "model.dropout=0")
+DEEPSPEED = ("engine.name=deepspeed",)
+# Five tables; the checkpoint lies within the second subnet's turn, epochs 1 and 2 (steps 4 to 9).
+SEVERAL_TABLES = (
+    *("model.fusion=parallel", "model.feature_groups=[[tags,category],[price]]", "model.output_bias=true"),
+    *("training.strategy=alternating", "training.epochs_per_phase=[1,2,1]"),
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "continued"),
+    [((), ((1, ()), (3, ()), (2, DEEPSPEED))), (SEVERAL_TABLES, ((1, ()), (3, ())))],
+    ids=["one-table", "several-tables-alternating"],
+)
+def test_a_checkpoint_resumes_at_other_world_sizes_and_under_another_engine(tmp_path, data, model, continued):
+    settings = (*OPTIONS, *STEPS, *model, "model.dropout=0")
     unbroken = whole(run_ranks(1, train, tmp_path, small_config(data, tmp_path / "unbroken", *settings)))
     run_ranks(2, train_until, tmp_path, small_config(data, tmp_path / "saved", *settings), 9)
-    for world, extra in ((1, ()), (3, ()), (2, ("engine.name=deepspeed",))):
+    for world, extra in continued:
         folder = tmp_path / f"resumed-{world}-{len(extra)}"
         (folder / "checkpoints").mkdir(parents=True)
         for name in ("config.yaml", "checkpoints/step-00000007"):
             _copy(tmp_path / "saved" / name, folder / name)
         results = run_ranks(world, resume, tmp_path, small_config(data, folder, *settings, *extra))
         assert [first for first, _ in results] == [7] * world
-        for name, tensor in whole([state for _, state in results]).items():
+        state = whole([state for _, state in results])
+        assert state.keys() == unbroken.keys()
+        for name, tensor in state.items():
             assert relative_error(tensor, unbroken[name]) < 1e-5, name
 
 

@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 
+from gru4recf_dist.config import Config
+from gru4recf_dist.parallel.ranks import Ranks
 from tests.support.ranks import run_ranks
 from tests.support.synthetic import random_sessions, write_dataset
 from tests.support.training import small_config, train, whole
@@ -22,6 +24,11 @@ IN_BATCH = (*SAMPLED, "loss.in_batch=24", "loss.sampler=uniform")
 IN_BATCH_CLASSIC = (*CLASSIC, "loss.in_batch=9")
 FULL = ("loss.name=full_softmax",)
 BPR_MAX = ("loss.name=bpr_max", "loss.in_batch=all", "loss.regularization=0.5", "loss.elu=0.5")
+BATCH_ALONE = {
+    "bpr_max": ("loss.name=bpr_max", "loss.negatives=0", "loss.in_batch=all", "accumulation=2"),
+    "softmax": ("loss.logq=off", "loss.negatives=0", "loss.in_batch=11"),
+    "softmax beside sampled ones": ("loss.logq=off", "loss.in_batch=all"),
+}
 TOP1_MAX = ("loss.name=top1_max", "loss.sampler=uniform", "loss.in_batch=7")
 
 
@@ -87,6 +94,26 @@ def test_micro_batches_share_the_negatives_of_the_whole_batch(tmp_path, data):
         assert parts == pytest.approx(losses, rel=1e-10)
         for name, tensor in reference.items():
             assert relative_error(state[name], tensor) < 1e-10, name
+
+
+def test_updates_from_negatives_of_the_batch_are_equal_at_1_and_2_ranks(tmp_path, data):
+    ends = {}
+    for world in (1, 2):
+        configs = {
+            name: small_config(data, tmp_path / name / str(world), *SGD, *loss, "precision=fp64", "max_steps=8")
+            for name, loss in BATCH_ALONE.items()
+        }
+        states = run_ranks(world, train_each, tmp_path, configs)
+        ends[world] = {name: whole([state[name] for state in states]) for name in configs}
+    before = ends[1]["bpr_max"]
+    for name, reference in ends[1].items():
+        for key, tensor in reference.items():
+            assert relative_error(ends[2][name][key], tensor) < 1e-10, (name, key)
+        assert name == "bpr_max" or not torch.equal(reference["table.weight"], before["table.weight"])
+
+
+def train_each(ranks: Ranks, configs: dict[str, Config]) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: train(ranks, config) for name, config in configs.items()}
 
 
 @pytest.mark.parametrize("optimizers", [SGD, ADAM], ids=["sgd", "adam"])

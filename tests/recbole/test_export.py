@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from gru4recf_dist import export
-from gru4recf_dist.data.shard_format import read_manifest
+from gru4recf_dist.data.shard_format import read_manifest, write_manifest
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.recbole.atomic_files import ids_of_files
 from gru4recf_dist.trainer import Trainer
@@ -28,6 +29,20 @@ def train_run(data: Path, run: Path, *overrides: str) -> Path:
     settings = ["max_steps=12", "evaluation.every_epochs=1", "checkpoint.async=false", *overrides]
     Trainer(small_config(data, run, *settings), process_ranks.start("cpu")).train()
     return run
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory) -> str:
+    """A data set with event features, a float with missing values and a token."""
+    data = str(tmp_path_factory.mktemp("described"))
+    manifest = write_dataset(data, random_sessions(0, 40, 20), [], random_sessions(1, 9, 20), 20, event_features=True)
+    features = {feature.name: feature for feature in manifest.features}
+    values = [f"b{number}" for number in range(2, features["category"].size)]
+    pq.write_table(pa.table({"id": range(2, 2 + len(values)), "token": values}), f"{data}/brand.parquet")
+    brand = features["category"].model_copy(update={"name": "brand", "vocabulary": "brand.parquet"})
+    price = features["price"].model_copy(update={"missing": True})
+    write_manifest(data, manifest.model_copy(update={"features": [brand, price]}))
+    return data
 
 
 def export_run(run: Path, folder: Path, *arguments: str) -> Path:
@@ -110,13 +125,50 @@ def test_tokens_that_recboles_files_cannot_hold_are_encoded(recbole, tmp_path, c
     assert found == pytest.approx({encoded.get(token, token): s for token, s in expected.items()}, rel=0, abs=1e-5)
 
 
-def test_what_recbole_cannot_express_is_one_line_that_names_the_key(recbole, tmp_path, capsys):
-    run = train_run(recbole / "data", tmp_path / "run", "model.score=cosine", "model.temperature=0.1")
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model.score=cosine"], "model.score: RecBole has nothing like 'cosine', so the scores would be others"),
+        (["model.fusion=parallel"], "model.fusion: RecBole has no 'parallel' (it has concat_output and item_only)"),
+        (
+            ["model.feature_sizes={brand: 3}"],
+            "model.feature_sizes: RecBole embeds every feature in embedding_size (8), so {'brand': 3} has no "
+            "counterpart: train without it",
+        ),
+        (
+            ["model.features=[brand,price]"],
+            "model.features: 'price' has missing values, for which RecBole has no vector: prepare the data with "
+            "flag_missing: false, or train without it",
+        ),
+        (
+            ["model.features=[brand]"],
+            "model.event_features: RecBole has none ('type', 'price', 'gap' here): train with model.event_features=[]",
+        ),
+        (
+            ["model.features=[brand]", "model.event_features=[gap]"],
+            "model.event_features: RecBole has none ('gap' here): train with model.event_features=[]",
+        ),
+    ],
+)
+def test_what_recbole_cannot_express_is_one_line_that_names_the_key(described, overrides, says, tmp_path, capsys):
+    run = train_run(described, tmp_path / "run", "max_steps=1", *overrides)
     capsys.readouterr()
     assert export.main([f"--run={run}", "--format=recbole", f"--output={tmp_path}/out"]) == 2
-    said = capsys.readouterr().err
-    assert said == "error: model.score: RecBole has nothing like 'cosine', so the scores would be others\n"
+    assert capsys.readouterr().err == f"error: {says}\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_without_what_recbole_lacks_the_same_data_set_is_exported(described, tmp_path):
+    # The size is the one that the feature has anyway; RecBole's dropout is that of item rows.
+    settings = [
+        "model.features=[brand]",
+        "model.event_features=[]",
+        "model.feature_sizes={brand: 8}",
+        "model.dropout=0.3",
+    ]
+    run = train_run(described, tmp_path / "run", "max_steps=1", *settings, "model.dropout_embedding=0.1")
+    folder = export_run(run, tmp_path / "out")
+    assert yaml.safe_load((folder / "recbole.yaml").read_text())["dropout_prob"] == 0.1
 
 
 def test_a_weight_that_recbole_lacks_is_named(recbole, tmp_path, capsys, monkeypatch):

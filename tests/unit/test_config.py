@@ -88,10 +88,50 @@ def test_one_deepspeed_key_leaves_the_others_at_their_defaults():
 
 
 def test_dropout_zero_switches_off_every_dropout():
-    loaded = _load("model.dropout=0", "model.dropout_feature=0.2", "model.dropout_hidden=0.4")
-    dropouts = {name: value for name, value in loaded.model.model_dump().items() if name.startswith("dropout")}
-    assert len(dropouts) >= 3
-    assert set(dropouts.values()) == {0.0}
+    given = [f"model.{name}=0.2" for name in type(_load().model).model_fields if name.startswith("dropout_")]
+    assert len(given) == 4
+    loaded = _load("model.dropout=0", *given).model
+    dropouts = [loaded.input_dropout, loaded.dropout_feature, loaded.dropout_hidden, loaded.dropout_output]
+    assert dropouts == [0.0] * 4
+
+
+def test_a_dropout_behind_the_rnns_needs_none_on_the_items():
+    loaded = _load("model.dropout=0.2", "model.dropout_embedding=0", "model.dropout_hidden=0.3").model
+    assert (loaded.input_dropout, loaded.dropout_hidden) == (0.0, 0.3)
+    assert _load("model.dropout=0.2").model.input_dropout == 0.2
+
+
+@pytest.mark.parametrize("written", ["off", "'off'", "false"])
+def test_logq_can_be_off_on_the_command_line_and_in_a_file(tmp_path, written):
+    assert _load(f"loss.logq={written}").loss.logq == "off"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"data: d\nrun_dir: r\nloss:\n  logq: {written}\n")
+    loaded = configuration.load(str(path), [])
+    assert loaded.loss.logq == "off"
+    path.write_text(typed_yaml.dump(loaded))
+    assert configuration.load(str(path), []) == loaded
+    assert "loss.logq" in _error("loss.logq=on")
+
+
+@pytest.mark.parametrize(
+    ("override", "losses", "says"),
+    [
+        ("elu=0.5", ("sampled_softmax", "full_softmax"), "elu is not for {}"),
+        ("regularization=0.5", ("sampled_softmax", "full_softmax", "bpr", "top1", "top1_max"), "bpr_max alone"),
+        ("logq=off", ("full_softmax", "bpr", "bpr_max", "top1", "top1_max"), "logq is not for {}"),
+        ("logq=classic", ("bpr",), "logq is not for {}"),
+    ],
+)
+def test_settings_that_a_loss_would_ignore_are_refused(override, losses, says):
+    every = type(_load().loss).model_fields["name"].annotation.__args__
+    for loss in every:
+        given = [f"loss.name={loss}", f"loss.{override}"]
+        if loss not in losses:
+            if override != "logq=classic":
+                _load(*given)
+            continue
+        text = _error(*given)
+        assert text.startswith("loss: ") and says.format(loss) in text
 
 
 def test_other_dropouts_stay_when_dropout_is_positive():
@@ -141,6 +181,15 @@ def test_wrong_value_names_key_and_value(override, key, value):
     text = _error(override)
     assert key in text
     assert value in text
+
+
+def test_negatives_may_be_those_of_the_batch_alone():
+    for loss in ("loss.name=bpr_max", "loss.logq=off", "loss.name=full_softmax"):
+        assert _load(loss, "loss.negatives=0", "loss.in_batch=all").loss.negatives == 0
+    assert "negatives is 0, and so is in_batch" in _error("loss.name=bpr", "loss.negatives=0")
+    for logq in ("exact", "classic"):
+        text = _error("loss.negatives=0", "loss.in_batch=all", f"loss.logq={logq}")
+        assert text.startswith("loss: negatives is 0") and f"set logq ({logq}) to off" in text
 
 
 @pytest.mark.parametrize("override", ["table.lr=.inf", "model.temperature=.inf"])

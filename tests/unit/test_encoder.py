@@ -288,7 +288,7 @@ def test_dropout_zero_switches_off_every_dropout():
     ("setting", "layer"), [("dropout_feature", "feature_gru_layers"), ("dropout_hidden", "dense_layer")]
 )
 def test_the_other_dropouts_act_where_they_say(setting, layer):
-    model = make_model(MIXED, dropout=1e-9, **{setting: 0.5})
+    model = make_model(MIXED, dropout=0.5, dropout_embedding=0.0, **{setting: 0.5})
     sessions = [[1 + i % N for i in range(30)]] * 20
     clean = _captured_inputs(model.eval(), sessions)
     torch.manual_seed(3)
@@ -296,6 +296,23 @@ def test_the_other_dropouts_act_where_they_say(setting, layer):
     # Of what is not zero anyway, as the pooled tags of an item without tags are.
     assert abs(float((noisy[layer][clean[layer] != 0] == 0).double().mean()) - 0.5) < 0.03
     torch.testing.assert_close(noisy["item_gru_layers"], clean["item_gru_layers"])
+
+
+def test_dropout_hidden_acts_between_the_layers_of_every_rnn():
+    model = make_model(MIXED, dropout=0.5, dropout_embedding=0.0, dropout_hidden=0.3, num_layers=2)
+    assert (model.item_gru_layers.dropout, model.feature_gru_layers.dropout) == (0.3, 0.3)
+    assert make_model(MIXED, dropout=0.0, dropout_hidden=0.3, num_layers=2).item_gru_layers.dropout == 0.0
+
+
+def test_dropout_embedding_takes_the_place_of_dropout():
+    sessions = [[1 + i % N for i in range(30)]] * 20
+    clean = _captured_inputs(make_model(MIXED).eval(), sessions)["item_gru_layers"]
+    for setting, share in ((0.0, 0.0), (0.6, 0.6), (None, 0.2)):
+        model = make_model(MIXED, dropout=0.2, dropout_embedding=setting).train()
+        torch.manual_seed(3)
+        noisy = _captured_inputs(model, sessions)["item_gru_layers"]
+        assert float((noisy == 0).double().mean()) == pytest.approx(share, abs=0.03)
+        torch.testing.assert_close(noisy, torch.where(noisy == 0, 0.0, clean / (1 - share)))
 
 
 def test_eval_mode_is_deterministic_and_training_mode_is_not():

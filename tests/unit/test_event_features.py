@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn.utils.rnn import pad_packed_sequence, pad_sequence
 
+from gru4recf_dist import recommender
 from gru4recf_dist.config import ModelConfig
 from gru4recf_dist.data import columns
 from gru4recf_dist.data.batches import pack_histories, pack_micro_batches, pack_queries, pack_training
@@ -21,7 +22,7 @@ from gru4recf_dist.data.event_columns import EventFeature, gap_buckets, log_edge
 from gru4recf_dist.model.encoder import SessionEncoder
 from gru4recf_dist.model.features import FeatureSpec
 from gru4recf_dist.model.subnets import event_subnet, subnet_of_parameter
-from tests.support.synthetic import EVENT_FEATURES, event_values
+from tests.support.synthetic import EVENT_FEATURES, event_values, random_sessions, write_dataset
 
 D, H = 4, 6
 
@@ -310,7 +311,9 @@ def test_an_encoder_without_event_features_is_the_one_it_was():
 
 
 def test_dropout_of_features_acts_on_event_features_too():
-    config = ModelConfig(fusion="item_only", embedding_size=D, hidden_size=H, dropout=1e-9, dropout_feature=0.5)
+    config = ModelConfig(
+        fusion="item_only", embedding_size=D, hidden_size=H, dropout=0.5, dropout_embedding=0.0, dropout_feature=0.5
+    )
     encoder = SessionEncoder(config, [], events=[KINDS["token"]])
     inputs = torch.ones(2000, D)
     torch.manual_seed(0)
@@ -338,3 +341,12 @@ def test_the_subnet_that_sees_event_features(fusion, auto, items, features):
     if fusion == "weighted_sum":
         grouped = ModelConfig(fusion=fusion, feature_groups=[["a"], ["b"]])
         assert event_subnet(grouped) == "feature_0"
+
+
+def test_values_of_events_that_training_may_never_meet_start_at_zero(tmp_path):
+    manifest = write_dataset(str(tmp_path), random_sessions(0, 20, 9), event_features=True)
+    config = ModelConfig(fusion="item_only", embedding_size=D, hidden_size=H)
+    encoder = SessionEncoder(config, [], events=recommender.event_specs(config, manifest))
+    table = encoder.event_inputs.embedding.token_embedding_table["item"].embedding.weight
+    # Rows 0 to 4 are those of `type`, none and unknown first; 5 on those of `gap`: not known, first event, buckets.
+    assert (table == 0).all(dim=1).nonzero()[:, 0].tolist() == [0, 1, 5]

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from gru4recf_dist.config import ModelConfig
+from gru4recf_dist.model.encoder import SessionEncoder
 from gru4recf_dist.model.features import FeatureEmbedding, FeatureSpec, kept_rows, new_parameters
 
 D = 3
@@ -193,6 +195,36 @@ def test_without_a_missing_number_nothing_differs_from_a_float_that_knows_none()
     flagged = FeatureEmbedding([replace(PRICE, missing=True), AGE, COLOUR], D, "mean")
     assert torch.equal(plain(VALUES), flagged(VALUES))
     assert set(flagged.state_dict()) - set(plain.state_dict()) == {"missing_vectors.1"}
+
+
+@pytest.mark.parametrize("kind", ["token", "sized token", "token_seq"])
+def test_a_value_that_training_never_met_adds_nothing_to_what_the_rnn_sees(kind):
+    """And nothing else differs from an encoder whose unknown row is random."""
+    feature = FeatureSpec("shade", kind.split()[-1], 5, dim=2 if kind.startswith("sized") else None)
+    config = ModelConfig(fusion="feature_only", embedding_size=D, hidden_size=4, dropout=0.0)
+    encoders = []
+    for blank in ((1,), ()):
+        torch.manual_seed(3)
+        encoders.append(SessionEncoder(config, [COLOUR, replace(feature, blank=blank), PRICE]))
+    states = [encoder.state_dict() for encoder in encoders]
+    table = next(name for name in states[0] if {
+        "token": "token_embedding_table", "sized token": "sized_token", "token_seq": "token_seq_embedding"
+    }[kind] in name)  # fmt: skip
+    # The two fields share one table; both have a row of unknown values.
+    unknown = [1, 4 + 1] if kind == "token" else [1]
+    for name in states[0]:
+        different = (states[0][name] != states[1][name]).reshape(len(states[0][name]), -1).any(dim=1).nonzero()[:, 0]
+        assert different.tolist() == (unknown[-1:] if name == table else []), name
+    assert not states[0][table][unknown].any()
+
+    shade = torch.tensor([[1, 1], [1, 0]]) if kind == "token_seq" else torch.tensor([1, 1])
+    values = {"colour": torch.tensor([2, 3]), "shade": shade, "price": torch.tensor([0.5, -1.0])}
+    inputs = (None, values, torch.tensor([0, 1]), torch.tensor([1, 1]))
+    with torch.no_grad():
+        before = encoders[0].eval()(*inputs)
+        # As if there were no such feature: its columns of the RNN's input weight.
+        encoders[0].feature_gru_layers.weight_ih_l0[:, D : D + (feature.dim or D)] = 0.0
+        assert torch.equal(encoders[0](*inputs), before)
 
 
 def test_where_the_rows_of_grown_vocabularies_lie_with_sizes_of_their_own():

@@ -212,7 +212,7 @@ def test_the_module_scores_as_plain_torch_does(fusion, groups, output_table, sco
 
 @pytest.mark.parametrize(("setting", "place"), [("dropout_hidden", "dense_layer"), ("dropout_output", None)])
 def test_dropouts_behind_the_rnns_act_where_they_say(setting, place):
-    config = ModelConfig(embedding_size=8, hidden_size=40, dropout=1e-9, **{setting: 0.5})
+    config = ModelConfig(embedding_size=8, hidden_size=40, dropout=0.5, dropout_embedding=0.0, **{setting: 0.5})
     torch.manual_seed(2)
     encoder = SessionEncoder(config, SPECS)
     seen = []

@@ -15,6 +15,7 @@ BASE = (
     "gru4recf_dist.config",
     "gru4recf_dist.data.storage_config",
     "gru4recf_dist.errors",
+    "gru4recf_dist.model_config",
     "gru4recf_dist.section",
     "gru4recf_dist.typed_yaml",
 )

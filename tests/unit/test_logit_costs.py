@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,8 +51,10 @@ def _is_large(value) -> bool:
     return isinstance(value, torch.Tensor) and value.numel() == QUERIES * CANDIDATES
 
 
-@pytest.mark.parametrize("elu_alpha", [0.0, 0.5])
-@pytest.mark.parametrize("loss", ["sampled_softmax", "bpr", "bpr_max", "top1", "top1_max"])
+@pytest.mark.parametrize(
+    ("loss", "elu_alpha"),
+    [("sampled_softmax", 0.0), *product(["bpr", "bpr_max", "top1", "top1_max"], [0.0, 0.5])],
+)
 def test_the_cost_of_a_logit_is_that_of_the_operations_on_it(loss, elu_alpha):
     settings = ["data=x", "run_dir=x", "model.fusion=item_only", f"loss.name={loss}", f"loss.elu={elu_alpha}"]
     config = configuration.load(None, settings, training=False)

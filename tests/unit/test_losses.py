@@ -219,6 +219,30 @@ def test_full_softmax_and_a_sampler_of_every_item_once_equal_cross_entropy(alone
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_negatives_of_the_batch_alone_give_cross_entropy_over_its_other_targets(alone):
+    settings = {"negatives": 0, "in_batch": "all", "logq": "off", "block_rows": 4}
+    config = Config(data="-", run_dir="-", loss=settings)
+    # Nothing of a sampler is made, and none of it is asked.
+    sampler = NegativeSampler(_popularity(), config.loss, seed=11, allocate=None)
+    objective, table = _objective(alone, sampler, **settings)
+    queries, targets = _normal(T, D), _targets()
+    value, *gradients = _loss_and_gradients(objective, queries, targets, torch.ones(T), step=5)
+    queries, table = queries.clone().requires_grad_(), table.clone().requires_grad_()
+    total = 0.0
+    for query, target in zip(queries, targets.tolist(), strict=True):
+        others = [table[other] for other in targets.tolist() if other != target]
+        total = total + torch.logsumexp(torch.stack([table[target], *others]) @ query, dim=0) - table[target] @ query
+    total.backward()
+    assert value == pytest.approx(float(total.detach()), rel=1e-12)
+    for ours, theirs in zip(gradients, (queries.grad, table.grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+    # A batch without a target, and one of one item: no negative, no loss, no gradient.
+    for none in (torch.zeros(T, dtype=torch.int64), torch.full((T,), 3)):
+        weights = (none > 0).double()
+        value, *gradients = _loss_and_gradients(objective, queries.detach(), none, weights, step=5)
+        assert value == 0.0 and not any(gradient.any() for gradient in gradients)
+
+
 @pytest.mark.parametrize("in_batch", [0, 6, 30])
 @pytest.mark.parametrize("logq", ["exact", "classic", "off"])
 @pytest.mark.parametrize("kind", ["popularity", "log_uniform", "uniform"])

@@ -49,6 +49,38 @@ def test_saturated_gates_give_torchs_gradients_in_float32_too():
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("way", ["forward", "_by_torch"])
+def test_dropout_acts_between_the_layers_alone(way):
+    torch.manual_seed(1)
+    ours = PackedGRU(6, 4, 3, dropout=0.4).double()
+    layers = [nn.GRU(width, 4, bias=False).double() for width in (6, 4, 4)]
+    for number, layer in enumerate(layers):
+        layer.load_state_dict({f"weight_{part}_l0": getattr(ours, f"weight_{part}_l{number}") for part in ("ih", "hh")})
+    sizes = torch.tensor(SIZES["falling"])
+    events = torch.randn(int(sizes.sum()), 6, dtype=torch.float64)
+    torch.manual_seed(5)
+    found = getattr(ours.train(), way)(PackedSequence(events, sizes)).data
+    torch.manual_seed(5)
+    masks = [nn.functional.dropout(torch.ones(len(events), 4, dtype=torch.float64), 0.4) for _ in range(2)]
+    assert (masks[0] == 0).any() and (masks[0] > 0).any() and not torch.equal(*masks)
+    expected = events
+    for layer, mask in zip(layers, [None, *masks], strict=True):
+        expected = layer(PackedSequence(expected if mask is None else expected * mask, sizes))[0].data
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    whole = ours.eval()(PackedSequence(events, sizes)).data
+    for layer in layers:
+        events = layer(PackedSequence(events, sizes))[0].data
+    torch.testing.assert_close(whole, events, rtol=1e-12, atol=1e-12)
+
+
+def test_one_layer_draws_no_mask():
+    ours = PackedGRU(6, 4, 1, dropout=0.4).train()
+    before = torch.get_rng_state()
+    for way in (ours.forward, ours._by_torch):
+        way(PackedSequence(torch.ones(3, 6), torch.tensor([2, 1])))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_it_passes_gradcheck():
     _, ours = _both(1)
     sizes = torch.tensor([3, 2, 1])

@@ -187,6 +187,22 @@ def test_the_program_prints_tables_or_json(capsys):
     assert "IT DOES NOT FIT: " in (text := capsys.readouterr().out) and f"it takes {plan['gpus_needed']} GPUs" in text
 
 
+def test_negatives_of_the_batch_alone_need_no_sampler(capsys):
+    arguments = ["--items", "1000", "loss.name=bpr", "loss.in_batch=all"]
+    found = []
+    for negatives, text in (
+        (0, "bpr with all of the batch"),
+        (64, "bpr with 64 negatives (popularity) and all of the"),
+    ):
+        given = [*arguments, f"loss.negatives={negatives}"]
+        assert main(given) == 0 and text in capsys.readouterr().out
+        assert main([*given, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    # The events of each item; and the sampler's running sum.
+    assert [plan["node_bytes"]["popularity and sampler"] for plan in found] == [8 * 1001, 16 * 1001]
+    assert 0 < found[0]["counts"]["negatives"] < found[1]["counts"]["negatives"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -153,17 +153,20 @@ def test_it_keeps_no_scores_for_backward():
 # -- within the objective ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("in_batch", "elu_alpha"), [(0, 0.0), (6, 0.5), ("all", 0.0)])
+@pytest.mark.parametrize(
+    ("negatives", "in_batch", "elu_alpha"), [(64, 0, 0.0), (64, 6, 0.5), (64, "all", 0.0), (0, "all", 0.0), (0, 5, 0.5)]
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_objective_sums_the_definition_over_the_draws(alone, name, in_batch, elu_alpha):  # noqa: F811
+def test_the_objective_sums_the_definition_over_the_draws(alone, name, negatives, in_batch, elu_alpha):  # noqa: F811
     targets = torch.tensor([1, 1, 2, 5, 8, 31, 40, 3, 1])
-    settings = {"name": name, "negatives": 64, "in_batch": in_batch, "elu": elu_alpha, "block_rows": 4}
-    settings["regularization"] = 0.3
+    settings = {"name": name, "negatives": negatives, "in_batch": in_batch, "elu": elu_alpha, "block_rows": 4}
+    if name == "bpr_max":
+        settings["regularization"] = 0.3
     config = Config(data="-", run_dir="-", loss=settings)
     objective, table = _objective(alone, NegativeSampler(_popularity(), config.loss, seed=11), **settings)
     queries = _normal(len(targets), table.shape[1])
     drawn = objective.propose([_batch(targets, torch.ones(len(targets)))], step=5).negatives
-    assert drawn.counts.sum() == 64 + (len(targets) if in_batch == "all" else in_batch)
+    assert drawn.counts.sum() == negatives + (len(targets) if in_batch == "all" else in_batch)
     if in_batch == "all":
         # GRU4Rec's negatives: the targets of the batch, each as often as it is one, beside those of the sampler.
         of_sampler = NegativeSampler(_popularity(), config.loss, seed=11).draw(5)

@@ -3,11 +3,14 @@
 Left alone, torchrun dies of SIGUSR1 while its ranks run on, and kills them 30 s after SIGTERM whatever they write then.
 Here it ignores both. They are passed on to the ranks, which stop together and end with status 0; so does torchrun then.
 A second signal means "at once": the ranks end on it, and torchrun is told to give up.
+
+Nothing outlives what has started it, even if that is killed: torchrun ends with this process, the ranks with torchrun.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -22,6 +25,8 @@ from queue import SimpleQueue
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # As in gru4recf_dist/stopping.py, where the ranks take what comes within this time of the first signal for a copy.
 COPIES_SECONDS = 10.0
+# Of linux/prctl.h: the signal that the system sends when the parent is gone.
+PR_SET_PDEATHSIG = 1
 
 
 def main(command: list[str]) -> int:
@@ -33,7 +38,16 @@ def main(command: list[str]) -> int:
         signal.signal(number, signal.SIG_IGN)
     # The second variable is torchrun's --signals-to-handle, which would include SIGTERM.
     environment = {"STOP_FILE": str(stop_file), "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT"}
-    torchrun = subprocess.Popen(command, env={**os.environ, **environment})
+    # For the ranks, as gru4recf_dist/launcher.py has it.
+    environment["LAUNCHER_PID"] = str(os.getpid())
+    libc, launcher = ctypes.CDLL(None), os.getpid()
+
+    def end_with_launcher() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:
+            os._exit(128 + signal.SIGKILL)
+
+    torchrun = subprocess.Popen(command, env={**os.environ, **environment}, preexec_fn=end_with_launcher)
     # A handler may interrupt itself, so that it must do little: a busy machine takes longer to find the ranks than the
     # next signal takes to come.
     arrived: SimpleQueue[tuple[int, float]] = SimpleQueue()
@@ -44,6 +58,9 @@ def main(command: list[str]) -> int:
         status = torchrun.wait()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    # On its way out Python forgets its handlers, and what still arrives would take the place of torchrun's status.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     return status if status >= 0 else 128 - status
 
 

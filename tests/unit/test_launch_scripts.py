@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.checkout import ROOT, STUBS, Checkout
@@ -168,6 +169,20 @@ def test_a_second_signal_makes_torchrun_give_up(checkout):
         time.sleep(0.1)
     # It ended by SIGINT: not by itself, and not because the launcher broke.
     assert node.returncode == 128 + signal.SIGINT
+
+
+def test_torchrun_ends_with_the_script(checkout):
+    checkout.write_program("torchrun", PATIENT_TORCHRUN)
+    node = subprocess.Popen(["bash", "launch/torchrun_node.sh"], cwd=checkout.folder, env=checkout.environment)
+    wait_for(checkout.folder / "started")
+    (torchrun,) = psutil.Process(node.pid).children()
+    node.kill()
+    node.wait()
+    # It is this machine's init that it waits for, if for anything.
+    deadline = time.monotonic() + 30
+    while torchrun.is_running() and torchrun.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.dist

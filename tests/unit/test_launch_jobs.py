@@ -61,6 +61,14 @@ def test_job_that_stopped_at_a_checkpoint_queues_again(checkout):
     assert checkout.calls("scontrol")[-1] == ["requeue", "4321"]
 
 
+@pytest.mark.parametrize(("state", "requeued"), [("RUNNING Reason=None", True), ("COMPLETING Reason=None", False)])
+def test_job_that_does_not_know_whether_it_has_finished_is_not_taken_for_complete(checkout, state, requeued):
+    finished = checkout.sbatch(FINISHED="2", STATE=state)
+    assert finished.returncode == 2
+    assert "it is not known whether the run has finished (status 2)" in finished.stdout
+    assert checkout.calls("scontrol").count(["requeue", "4321"]) == requeued
+
+
 @pytest.mark.parametrize(
     ("state", "requeued"),
     [

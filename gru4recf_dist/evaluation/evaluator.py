@@ -18,6 +18,7 @@ from gru4recf_dist.evaluation.metrics import RankHistogram
 from gru4recf_dist.evaluation.sessions import batch_count, read_batches
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel.ranks import Ranks
+from gru4recf_dist.parallel.waits import to_host
 from gru4recf_dist.recommender import Recommender
 from gru4recf_dist.table.partition import route
 from gru4recf_dist.table.table_group import TableGroup
@@ -100,7 +101,7 @@ class Evaluator:
                 continue
             queries, waiting = _Queries.join(waiting), []
             # The same scores on every rank, so all of them stop together.
-            if not bool(queries.target_scores.isfinite().all()):
+            if not bool(to_host(queries.target_scores.isfinite().all())):
                 raise _diverged()
             above, seen_above = self._count(model, queries)
             trained = torch.from_numpy(self.popularity[queries.targets.numpy()] > 0)
@@ -167,7 +168,7 @@ class Evaluator:
             candidates,
             settings.ties,
         )
-        both = collectives.sum_over_ranks(torch.stack([above, seen]), self.ranks.table).cpu()
+        both = to_host(collectives.sum_over_ranks(torch.stack([above, seen]), self.ranks.table))
         return both[0], both[1]
 
 

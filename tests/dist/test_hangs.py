@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import pickle
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 from gru4recf_dist.config import Config
 from gru4recf_dist.errors import RanksLost
 from gru4recf_dist.parallel import ranks as process_ranks
+from gru4recf_dist.parallel.engines import make_engine
 from gru4recf_dist.parallel.ranks import Ranks
+from gru4recf_dist.parallel.whereabouts import HERE
 from gru4recf_dist.trainer import Trainer
 from tests.dist.test_engines import data  # noqa: F401 (a fixture)
 from tests.support.ranks import run_ranks
@@ -45,6 +51,12 @@ def hang(_: Ranks, config: Config, late: int, where: str) -> str:
             if where == "forward":
                 loss = trainer.step._loss
                 trainer.step._loss = lambda *arguments: sleepy(loss, *arguments)
+            elif where == "backward":
+                *_, last = trainer.engine.module.parameters()
+                last.register_hook(lambda gradient: sleepy(lambda: None))
+            elif where == "checkpoint":
+                write = dcp.FileSystemWriter.write_data
+                dcp.FileSystemWriter.write_data = lambda *arguments: sleepy(write, *arguments)
             else:
                 apply = trainer.model.tables.apply_gradients
                 trainer.model.tables.apply_gradients = lambda *arguments: sleepy(apply, *arguments)
@@ -54,9 +66,17 @@ def hang(_: Ranks, config: Config, late: int, where: str) -> str:
     return "trained to the end"
 
 
-@pytest.mark.parametrize(("where", "step", "late"), [("forward", LATE_STEP, 1), ("update", LATE_STEP + 1, 0)])
-def test_the_late_rank_its_step_and_phase_are_named(tmp_path, data, where, step, late):  # noqa: F811
-    config = small_config(data, tmp_path / "run", "monitoring.log_every_steps=10")
+@pytest.mark.parametrize(
+    ("where", "step", "late", "options"),
+    [
+        ("forward", LATE_STEP, 1, ()),
+        ("update", LATE_STEP + 1, 0, ()),
+        ("backward", LATE_STEP, 2, ()),
+        ("checkpoint", LATE_STEP, 1, (f"checkpoint.every_steps={LATE_STEP}", "checkpoint.async=false")),
+    ],
+)
+def test_the_late_rank_its_step_and_phase_are_named(tmp_path, data, where, step, late, options):  # noqa: F811
+    config = small_config(data, tmp_path / "run", "monitoring.log_every_steps=10", *options)
     texts = run_ranks(3, hang, tmp_path, config, late, where)
     for rank in {0, 1, 2} - {late}:
         assert texts[rank].startswith(f"step {step}, phase "), texts
@@ -70,6 +90,41 @@ def test_the_late_rank_its_step_and_phase_are_named(tmp_path, data, where, step,
     for rank in range(3):
         (recorded,) = folder.glob(f"*/rank_{rank}")
         assert pickle.loads(recorded.read_bytes())["entries"]
+
+
+def wait_in_engine(ranks: Ranks, config: Config) -> str | None:
+    """A backward that rank 1 lingers in until rank 0 says where it is; returns that, on rank 0."""
+    store, seen = dist.distributed_c10d._get_default_store(), []
+    engine = make_engine(torch.nn.Linear(3, 1), config, ranks)
+    backward_is_over = threading.Event()
+
+    def look() -> None:
+        while not seen and not backward_is_over.wait(0.01):
+            if HERE.position().waiting_in:
+                seen.append(HERE.position().waiting_in)
+        store.set("seen", "")
+
+    if ranks.rank == 0:
+        watch = threading.Thread(target=look)
+        engine.module.weight.register_hook(lambda gradient: watch.start())
+    else:
+        engine.module.weight.register_hook(lambda gradient: store.wait(["seen"]))
+    with engine.accumulating(last=True):
+        engine.backward(engine(torch.ones(2, 3)).sum(), 1.0)
+    backward_is_over.set()
+    if ranks.rank == 0:
+        watch.join()
+    return seen[0] if seen else None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), *(("engine.name=deepspeed", f"engine.deepspeed.zero_optimization.stage={stage}") for stage in (0, 2))],
+    ids=["ddp", "zero 0", "zero 2"],
+)
+def test_where_an_engine_waits_for_gradients_the_rank_is_known_to_wait(tmp_path, data, options):  # noqa: F811
+    config = small_config(data, tmp_path / "run", *options)
+    assert run_ranks(2, wait_in_engine, tmp_path, config) == ["encoder_gradients", None]
 
 
 def slow(ranks: Ranks, config: Config) -> None:

@@ -64,7 +64,7 @@ MAY_IMPORT = {
     "gru4recf_dist.run_description": ("gru4recf_dist.shown_metrics", "gru4recf_dist.data", *BASE),
     "gru4recf_dist.shown_metrics": ("gru4recf_dist.data", *BASE),
     "gru4recf_dist.checkpoint_blocks": (),
-    "gru4recf_dist.checkpoint_files": ("gru4recf_dist.data", *BASE),
+    "gru4recf_dist.checkpoint_files": ("gru4recf_dist.data", "gru4recf_dist.parallel.whereabouts", *BASE),
     "data_prep": (
         "gru4recf_dist.data.filesystems",
         "gru4recf_dist.data.blocks",

@@ -141,7 +141,11 @@ def running(device: str, timeout_seconds: int, keep: Callable[[str, bytes], None
 def _tells_of_others(error: RuntimeError) -> bool:
     """Whether it is what a collective raises when another rank is late or gone; gloo has no class for it."""
     words = ("Timed out", "timed out", "timeout", "Connection", "Socket", "socket", "Broken pipe")
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    text = str(error)
+    # What a loader worker raised comes with its traceback, in which anything may stand; a kernel may time out too.
+    if text.startswith("Caught ") or "CUDA error" in text:
+        return False
+    return isinstance(error, dist.DistError) or any(word in text for word in words)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 
 from gru4recf_dist.config import Config
 from gru4recf_dist.errors import RanksLost
+from gru4recf_dist.monitoring import Monitor
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.parallel.engines import make_engine
 from gru4recf_dist.parallel.ranks import Ranks
@@ -25,6 +29,7 @@ from tests.support.ranks import run_ranks
 from tests.support.training import logged_lines, small_config
 
 pytestmark = pytest.mark.dist
+ROOT = Path(__file__).parents[2]
 
 TIMEOUT_SECONDS = 4
 # Not the last of an epoch, which is logged.
@@ -92,6 +97,42 @@ def test_the_late_rank_its_step_and_phase_are_named(tmp_path, data, where, step,
         assert pickle.loads(recorded.read_bytes())["entries"]
 
 
+BROKEN_WORKER = """
+import sys
+from torch.utils.data import IterableDataset
+from gru4recf_dist.data.worker_processes import in_workers
+from gru4recf_dist.errors import exits_cleanly
+from gru4recf_dist.parallel import ranks
+
+class Broken(IterableDataset):
+    def __iter__(self):
+        raise RuntimeError("timeout")
+
+@exits_cleanly
+def main():
+    with ranks.running("cpu", 20):
+        list(in_workers(Broken(), 1))
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+def test_the_error_of_a_loader_worker_is_not_taken_for_the_end_of_a_rank(tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN_WORKER)
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "broken.py")]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 1
+    assert "Original Traceback" in ended.stderr and "another rank" not in ended.stderr
+    assert ended.stderr.endswith("RuntimeError: timeout\n\n")
+
+
+def test_what_a_device_says_of_itself_is_not_taken_for_the_end_of_a_rank():
+    assert not process_ranks._tells_of_others(RuntimeError("CUDA error: the launch timed out and was terminated"))
+    assert process_ranks._tells_of_others(RuntimeError("Timed out waiting 4000ms for recv operation to complete"))
+
+
 def wait_in_engine(ranks: Ranks, config: Config) -> str | None:
     """A backward that rank 1 lingers in until rank 0 says where it is; returns that, on rank 0."""
     store, seen = dist.distributed_c10d._get_default_store(), []
@@ -127,22 +168,30 @@ def test_where_an_engine_waits_for_gradients_the_rank_is_known_to_wait(tmp_path,
     assert run_ranks(2, wait_in_engine, tmp_path, config) == ["encoder_gradients", None]
 
 
-def slow(ranks: Ranks, config: Config) -> None:
-    """Train while rank 2 takes its time in every step."""
-    trainer = Trainer(config, ranks)
-    loss = trainer.step._loss
+def slow(ranks: Ranks, config: Config) -> list[str]:
+    """Train while rank 2 takes its time in every step; returns what was said."""
+    trainer, said = Trainer(config, ranks), []
+    loss, say = trainer.step._loss, Monitor.say
 
     def slow_loss(*arguments):
         time.sleep(0.2 if ranks.rank == 2 else 0.0)
         return loss(*arguments)
 
-    trainer.step._loss = slow_loss
+    def heard(monitor: Monitor, text: str) -> None:
+        said.append(text)
+        say(monitor, text)
+
+    trainer.step._loss, Monitor.say = slow_loss, heard
     trainer.train()
+    return said
 
 
-def test_the_slow_rank_is_told_from_those_that_wait_for_it(tmp_path, data):  # noqa: F811
-    config = small_config(data, tmp_path / "run", "monitoring.log_every_steps=4", "max_steps=8")
-    run_ranks(3, slow, tmp_path, config)
+def test_the_slow_rank_is_told_from_those_that_wait_for_it_and_named(tmp_path, data):  # noqa: F811
+    # At its second log line of four steps it has been slow for long.
+    options = ("monitoring.log_every_steps=4", "max_steps=12", "monitoring.slow_rank_seconds=0.5")
+    said, *_ = run_ranks(3, slow, tmp_path, small_config(data, tmp_path / "run", *options))
+    named = [line for line in said if "times as slow as the median of the others" in line]
+    assert named and all(line.startswith("warning: rank 2 has been ") for line in named), said
     found = [line["perf/slowest_rank"] for line in logged_lines(tmp_path / "run") if "perf/slowest_rank" in line]
-    # Waiting left out, the others take a few milliseconds a step, where it takes 200.
-    assert min(found) > 2.0 and np.isfinite(found).all()
+    # Waiting left out, the others take a few milliseconds a step, where it takes 200; but for the first one.
+    assert min(found[1:]) > 2.0 and np.isfinite(found).all()

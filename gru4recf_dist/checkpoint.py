@@ -138,7 +138,17 @@ class Checkpoints:
         return from_first(self.ranks, lambda: self._best)
 
     def mark_best(self, step: int) -> None:
-        """The checkpoint of ``step``, which is there, turned out to be the best so far; the next commit says so."""
+        """The checkpoint of ``step``, which is there, turned out to be the best so far.
+
+        Raises:
+            UserError: storage does not take that.
+        """
+
+        def mark() -> None:
+            # If it was the last step, no other commit will say so.
+            commits.write_commit(self.folder, step, {**read_commit(self.folder, step), "best_step": step})
+
+        from_first(self.ranks, mark)
         self._best = step
 
     def is_sound(self, step: int, instead: str) -> bool:

@@ -110,7 +110,8 @@ def check(config: Config) -> str:
     train = manifest.splits["train"]
     return (
         f"ok: {manifest.name}, {manifest.items} items, {train.sessions} training sessions in {manifest.streams} "
-        f"streams (at most {manifest.streams} ranks), run folder {config.run_dir}"
+        f"streams (at most {manifest.streams} ranks), run folder {config.run_dir} "
+        f"({'no checkpoint' if newest is None else f'newest checkpoint: step {newest}'})"
     )
 
 

@@ -24,6 +24,7 @@ def end_with_launcher() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # It may have gone before that, and this process have been given to another parent.
     if os.getppid() != parent or not _descends_from(int(os.environ.get("LAUNCHER_PID", parent))):
+        print(f"error: rank {os.environ.get('RANK', '0')}: its launcher is gone", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -89,7 +89,8 @@ requeue() {
     echo "$1, back into the queue"
     requeued=yes
     if [[ -n $begins ]]; then
-      echo "$begins" >>"$begun_file"
+      # A full disk must not keep the job from the queue.
+      echo "$begins" >>"$begun_file" || true
     fi
     scontrol requeue "$SLURM_JOB_ID"
   else

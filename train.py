@@ -3,11 +3,12 @@
 import sys
 from pathlib import Path
 
-from gru4recf_dist import stopping
+from gru4recf_dist import launcher, stopping
 
 if __name__ == "__main__":
-    # First of all: torch takes seconds to load, and a signal that comes meanwhile must not be lost.
+    # First of all: torch takes seconds to load, and a signal, or the launcher's end, must not be missed meanwhile.
     stopping.catch_signals()
+    launcher.end_with_launcher()
     stopping.end_if_others_do_not_come()
     from gru4recf_dist.train import main
 

@@ -31,6 +31,7 @@ from gru4recf_dist.errors import UserError, redacted
 from gru4recf_dist.model.subnets import ITEM_TABLE
 from gru4recf_dist.parallel.engines import Engine
 from gru4recf_dist.parallel.ranks import Ranks, from_each, from_first
+from gru4recf_dist.parallel.whereabouts import HERE
 from gru4recf_dist.table.table_group import TableGroup
 
 _log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class Checkpoints:
 
         from_first(ranks, clear_place)
         writer = CheckpointWriter(url)
-        with storage_errors(f"{url}: this checkpoint cannot be written"):
+        with storage_errors(f"{url}: this checkpoint cannot be written"), HERE.waiting("checkpoint"):
             dcp.save(tensors, storage_writer=writer, planner=BlockSavePlanner(), process_group=ranks.host)
         # Only now has every rank written all of its files.
         files = {name: content for part in from_each(ranks, lambda: writer.contents) for name, content in part.items()}
@@ -137,7 +138,17 @@ class Checkpoints:
         return from_first(self.ranks, lambda: self._best)
 
     def mark_best(self, step: int) -> None:
-        """The checkpoint of ``step``, which is there, turned out to be the best so far; the next commit says so."""
+        """The checkpoint of ``step``, which is there, turned out to be the best so far.
+
+        Raises:
+            UserError: storage does not take that.
+        """
+
+        def mark() -> None:
+            # If it was the last step, no other commit will say so.
+            commits.write_commit(self.folder, step, {**read_commit(self.folder, step), "best_step": step})
+
+        from_first(self.ranks, mark)
         self._best = step
 
     def is_sound(self, step: int, instead: str) -> bool:
@@ -261,7 +272,7 @@ class Checkpoints:
         """Fill ``tensors`` from the checkpoint, which has each at the same size unless ``planner`` says otherwise."""
         url = commits.step_url(self.folder, step)
         damaged = f"{url}: this checkpoint is damaged or of another configuration"
-        with storage_errors(damaged):
+        with storage_errors(damaged), HERE.waiting("checkpoint"):
             reader = CheckpointReader(url)
             dcp.load(tensors, storage_reader=reader, planner=planner, process_group=self.ranks.host)
 

@@ -11,11 +11,15 @@ import os
 from collections.abc import Iterator
 from typing import IO, TypedDict
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemBase
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 
 from gru4recf_dist.data import storage
 from gru4recf_dist.errors import UserError
+from gru4recf_dist.parallel.whereabouts import HERE
 
 
 class FileContent(TypedDict):
@@ -34,6 +38,10 @@ class CheckpointWriter(dcp.FileSystemWriter):
         self.fs = _Files()
         self.path = self.fs.init_path(url)
 
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        with HERE.working():
+            return super().write_data(plan, planner)
+
     @property
     def contents(self) -> dict[str, FileContent]:
         """By name, the files that this rank has written."""
@@ -51,6 +59,10 @@ class CheckpointReader(dcp.FileSystemReader):
         super().__init__(url)
         self.fs = _Files()
         self.path = self.fs.init_path(url)
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
+        with HERE.working():
+            return super().read_data(plan, planner)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:

@@ -24,7 +24,7 @@ class Progress:
         sessions_lost: training sessions, each epoch anew, of damaged shards (`loader.on_bad_shard: skip`).
         skipped_steps: those whose gradients or loss were not finite.
         broken_in_a_row: of these, the last ones that no smaller loss scale would have helped.
-        evaluation_owed: a signal stopped the run before the evaluation that was due after this step.
+        evaluation_owed: a signal stopped the run before the evaluation that was due after this step was made.
         trained_events, trained_seconds: over all ranks, for the throughput of the whole run.
     """
 

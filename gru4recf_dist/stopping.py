@@ -19,6 +19,9 @@ COPIES_SECONDS = 10.0
 # The launcher leaves its file before it passes a signal on, but SLURM's own may reach a rank before the launcher.
 FILE_SECONDS = 3.0
 
+# How long a rank that was not asked to stop itself leaves it to its torchrun to end it.
+LAUNCHER_SECONDS = 30.0
+
 _first: float | None = None
 # What signals are written to until everyone is here.
 _wakeup: int | None = None
@@ -69,6 +72,23 @@ def everyone_is_here() -> None:
         signal.set_wakeup_fd(-1)
         os.close(_wakeup)
         _wakeup = None
+
+
+def is_announced() -> bool:
+    """Whether it is known to be a person's or a scheduler's wish, which is for all ranks; without $STOP_FILE it is."""
+    stop_file = os.environ.get("STOP_FILE")
+    return not stop_file or Path(stop_file).exists()
+
+
+def leave_end_to_launcher() -> None:
+    """Wait until this process is asked to stop itself, when it has stopped with others that were.
+
+    A torchrun that starts its ranks anew, because a node has joined, stops the ranks of all nodes. Another one that saw
+    its own ranks end well, before it has seen the node, would take the run for finished and leave it.
+    """
+    deadline = time.monotonic() + LAUNCHER_SECONDS
+    while not requested() and not is_announced() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _watch(reading: int, stop_file: Path) -> None:

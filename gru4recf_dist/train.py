@@ -16,7 +16,7 @@ from gru4recf_dist.data.shard_format import MANIFEST, file_url
 from gru4recf_dist.errors import UserError, exits_cleanly
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.parallel.deepspeed_settings import deepspeed_settings
-from gru4recf_dist.parallel.ranks import from_first
+from gru4recf_dist.parallel.ranks import from_each, from_first
 from gru4recf_dist.run_folder import check_run_folder
 from gru4recf_dist.trainer import RESULT, Trainer
 
@@ -59,6 +59,9 @@ def main(argv: list[str] | None = None, default_config: Path | None = None) -> i
                 print(_finished_line(config))
             return 0
         result = Trainer(config, ranks).train()
+        is_wish = result is None and any(from_each(ranks, stopping.is_announced))
+    if result is None and not is_wish:
+        stopping.leave_end_to_launcher()
     return EXIT_STOPPED if result is None else 0
 
 
@@ -110,7 +113,8 @@ def check(config: Config) -> str:
     train = manifest.splits["train"]
     return (
         f"ok: {manifest.name}, {manifest.items} items, {train.sessions} training sessions in {manifest.streams} "
-        f"streams (at most {manifest.streams} ranks), run folder {config.run_dir}"
+        f"streams (at most {manifest.streams} ranks), run folder {config.run_dir} "
+        f"({'no checkpoint' if newest is None else f'newest checkpoint: step {newest}'})"
     )
 
 

@@ -18,7 +18,7 @@ from gru4recf_dist.data import storage
 from gru4recf_dist.data.streams import SessionLoader
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.evaluation.baselines import evaluate_baselines
-from gru4recf_dist.evaluation.evaluator import Evaluator, protocol_of
+from gru4recf_dist.evaluation.evaluator import BrokenOff, Evaluator, protocol_of
 from gru4recf_dist.measurements import counted_operations, peak_memory_gib
 from gru4recf_dist.model.subnets import subnets
 from gru4recf_dist.monitoring import Monitor
@@ -115,8 +115,12 @@ class Trainer:
         """Train to the end; False if a signal stopped the run."""
         progress = self.progress
         if progress.evaluation_owed:
-            progress.evaluation_owed = False
-            if self._evaluate():
+            is_best = self._evaluate()
+            if progress.evaluation_owed:
+                # The checkpoint that this start began with says so too.
+                self._say_stopped()
+                return False
+            if is_best:
                 self.checkpoints.mark_best(progress.step)
         finished = progress.step >= self.total_steps or self._out_of_patience()
         self._window = Window()
@@ -140,11 +144,16 @@ class Trainer:
                     finished = progress.step >= self.total_steps
                     evaluate = self._evaluation_is_due(epoch_ended=left == 0, last=finished)
                     if done.stop and not finished:
-                        self._stop(done, evaluation_owed=evaluate)
+                        progress.evaluation_owed = evaluate
+                        self._log(done, at_once=True)
+                        self._stop()
                         return False
                     save = self._checkpoint_is_due(epoch_ended=left == 0) or finished
                     self._log(done, at_once=evaluate or save)
                     is_best = evaluate and self._evaluate()
+                    if progress.evaluation_owed:
+                        self._stop()
+                        return False
                     finished = finished or self._out_of_patience()
                     if save or is_best or finished:
                         self._save(is_best)
@@ -153,12 +162,13 @@ class Trainer:
         self.saver.finish()
         return True
 
-    def _stop(self, done: StepResult, evaluation_owed: bool) -> None:
+    def _stop(self) -> None:
         """End with a checkpoint. Who stops a run waits for that, and may not wait for an evaluation that is due."""
-        self.progress.evaluation_owed = evaluation_owed
-        self._log(done, at_once=True)
         self._save(is_best=False)
         self.saver.finish()
+        self._say_stopped()
+
+    def _say_stopped(self) -> None:
         self.monitor.say(f"stopped by a signal after step {self.progress.step}; the run can be resumed")
         self.monitor.close()
 
@@ -270,12 +280,17 @@ class Trainer:
         return epoch_ended and every_epochs is not None and self.loader.epoch % every_epochs == 0
 
     def _evaluate(self) -> bool:
-        """Evaluate on the validation split; whether that is the best so far."""
+        """Evaluate on the validation split; whether that is the best so far. Broken off by a signal, it stays owed."""
         progress = self.progress
+        progress.evaluation_owed = True
         started = time.perf_counter()
         HERE.enter("evaluation")
         self.engine.copy_weights_to(self.model.encoder)
-        metrics = self.evaluator.evaluate(self.model, "valid")
+        try:
+            metrics = self.evaluator.evaluate(self.model, "valid", stopping.requested)
+        except BrokenOff:
+            return False
+        progress.evaluation_owed = False
         values = {**evaluation_scalars(metrics), "eval/seconds": time.perf_counter() - started}
         self.monitor.scalars(progress.step, values)
         name = self.config.early_stopping.metric

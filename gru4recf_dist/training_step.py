@@ -19,6 +19,7 @@ from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel.engines import Engine
 from gru4recf_dist.parallel.loss_scale import LossScale
 from gru4recf_dist.parallel.ranks import Ranks
+from gru4recf_dist.parallel.waits import to_host
 from gru4recf_dist.parallel.whereabouts import HERE
 from gru4recf_dist.recommender import Recommender
 from gru4recf_dist.strategies import Phase
@@ -165,7 +166,7 @@ class TrainingStep:
         It comes before the update: every rank makes it, or none does.
         """
         broken = self._watch.any() | self.model.tables.has_broken_gradient()
-        sums = torch.stack([loss, broken.to(loss)]).cpu()
+        sums = to_host(torch.stack([loss, broken.to(loss)]))
         total, broken_ranks = collectives.sum_over_ranks(sums, self.ranks.host, "loss").tolist()
         return total, math.isfinite(total) and not broken_ranks
 

@@ -12,6 +12,9 @@ goes_on=
 signalled=
 requeued=
 step=
+# Where the run stood when this attempt began, in words; what goes back into the queue leaves them in the file.
+begins=
+begun_file=$log_dir/${SLURM_JOB_ID:-none}.begun
 trap 'signalled=yes' USR1
 trap on_sigterm TERM
 
@@ -34,6 +37,10 @@ run_on_nodes() {
   export RDZV_ENDPOINT=$head_node:${RDZV_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
   # With the attempt in it, what is left of an earlier attempt cannot join this one.
   export RDZV_ID=$SLURM_JOB_ID-$attempt
+  local ranks=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+  if ((${SLURM_CPUS_ON_NODE:-$ranks} < ranks)); then
+    echo "warning: $SLURM_CPUS_ON_NODE CPU for $ranks ranks of a node; sbatch --cpus-per-task=NUMBER gives a node more"
+  fi
   echo "attempt $attempt on $SLURM_JOB_NODELIST, logs in $log_dir/$SLURM_JOB_ID-*.log"
   # cpu-bind: SLURM may otherwise bind the one task of a node, and so all its ranks, to a single core.
   srun --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --cpu-bind=none \
@@ -64,6 +71,13 @@ shown_job() {
   scontrol show job --oneliner "$SLURM_JOB_ID" || true
 }
 
+# gets_nowhere: whether the job has been in the queue again MAX_REQUEUES times from where it begins now.
+gets_nowhere() {
+  local times
+  times=$(grep -cxF -e "$begins" "$begun_file" 2>/dev/null || true)
+  ((${times:-0} >= ${MAX_REQUEUES:-3}))
+}
+
 # requeue REASON: puts the job back into the queue, unless SLURM has decided about it already: a job that lost a node or
 # was preempted is requeued anyway, and one that was cancelled must not come back. A job that cannot go on where it was
 # ended would reach its time limit again and again.
@@ -74,6 +88,10 @@ requeue() {
   if [[ $(shown_job) == *" JobState=RUNNING "* ]] || { [[ -n $goes_on ]] && is_out_of_time; }; then
     echo "$1, back into the queue"
     requeued=yes
+    if [[ -n $begins ]]; then
+      # A full disk must not keep the job from the queue.
+      echo "$begins" >>"$begun_file" || true
+    fi
     scontrol requeue "$SLURM_JOB_ID"
   else
     echo "$1 ($(shown_job | grep -o 'JobState=[A-Z_]*'))"

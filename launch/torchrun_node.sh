@@ -16,7 +16,25 @@
 #
 # The arguments are the program's; paths in them are relative to the folder of train.py. Exits 2 on a configuration error.
 # SIGTERM or SIGUSR1 to this script stops training at a checkpoint, on all nodes, with status 0; a second one at once.
+# With MODULE, SIGTERM ends everything, and SIGUSR1 does nothing.
 set -euo pipefail
+
+# Until torchrun runs a signal is noted: the other nodes' ranks would wait for those of this one, and all of them stop
+# together, at once. What is run until then does not get it.
+wished=
+if [[ -z ${MODULE:-} ]]; then
+  trap 'wished=yes' TERM USR1
+else
+  # There is nothing to stop at. What ignores a signal hands that down: torchrun would die of it while its ranks run on.
+  trap '' USR1
+fi
+undisturbed() {
+  (
+    trap '' TERM USR1
+    exec "$@"
+  )
+}
+
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 . launch/environment.sh
@@ -37,14 +55,14 @@ else
   stoppable=(python launch/stoppable.py)
   # Under torchrun a worker's exit status is lost and its one line of error is followed by pages, hence a check before.
   if [[ ${CHECK:-} != no ]]; then
-    python train.py --check "$@"
+    undisturbed python train.py --check "$@"
   fi
 fi
 if [[ ${CHECK:-} == only ]]; then
   exit
 fi
 
-nproc=${NPROC_PER_NODE:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+nproc=${NPROC_PER_NODE:-$(undisturbed python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 rendezvous=(--rdzv-backend=c10d)
 if [[ -n ${NODE_RANK:-} ]]; then
   # The c10d rendezvous orders nodes as it likes; only the static one takes a rank.
@@ -58,5 +76,8 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # With a shared store, ranks that torchrun starts anew find the addresses of the dead ones in it, and hang.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
+if [[ -n $wished ]]; then
+  export STOP_WISHED=yes
+fi
 exec "${stoppable[@]}" torchrun --nnodes="$nnodes" --nproc-per-node="$nproc" --max-restarts="${MAX_RESTARTS:-0}" \
   "${rendezvous[@]}" --rdzv-endpoint="$RDZV_ENDPOINT" --rdzv-id="${RDZV_ID:-gru4recf}" "${program[@]}" "$@"

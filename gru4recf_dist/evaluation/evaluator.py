@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +20,14 @@ from gru4recf_dist.evaluation.metrics import RankHistogram
 from gru4recf_dist.evaluation.sessions import batch_count, read_batches
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel.ranks import Ranks
+from gru4recf_dist.parallel.waits import to_host
 from gru4recf_dist.recommender import Recommender
 from gru4recf_dist.table.partition import route
 from gru4recf_dist.table.table_group import TableGroup
+
+
+class BrokenOff(Exception):
+    """An evaluation was not made to its end, as a rank did not want it any more."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +67,20 @@ class Evaluator:
         self.popularity = popularity
         self.protocol = protocol_of(config, manifest)
 
-    def evaluate(self, model: Recommender, split: str) -> dict[str, dict[str, float]]:
+    def evaluate(
+        self, model: Recommender, split: str, is_unwanted: Callable[[], bool] = lambda: False
+    ) -> dict[str, dict[str, float]]:
         """Metrics of a split, the same on every rank.
+
+        Args:
+            is_unwanted: asked on every rank before each batch; if one says so, all of them break off.
 
         Returns:
             ``{split: {...}, split_excluding_seen: {...}}``; in the second the session's earlier items are no
             candidates, so a target among them is a miss. Both count every target in the denominator.
+
+        Raises:
+            BrokenOff: on every rank, if it ``is_unwanted``.
         """
         settings = self.config.evaluation
         self._check_finite(model.tables)
@@ -93,13 +107,13 @@ class Evaluator:
                 every_position=self.protocol == "every_position",
                 event_features=model.event_features,
             )
-            waiting.append(self._gather(model, batch))
+            waiting.append(self._gather(model, batch, is_unwanted()))
             # The table's rows are gone through once for many queries.
             if number < rounds and sum(len(each.targets) for each in waiting) < ranking.QUERIES:
                 continue
             queries, waiting = _Queries.join(waiting), []
             # The same scores on every rank, so all of them stop together.
-            if not bool(queries.target_scores.isfinite().all()):
+            if not bool(to_host(queries.target_scores.isfinite().all())):
                 raise _diverged()
             above, seen_above = self._count(model, queries)
             trained = torch.from_numpy(self.popularity[queries.targets.numpy()] > 0)
@@ -129,9 +143,14 @@ class Evaluator:
         batches = batch_count(self.manifest, split, self.config.evaluation.batch_sessions)
         return max(len(assignment.share(batches, rank, self.ranks.world)) for rank in range(self.ranks.world))
 
-    def _gather(self, model: Recommender, batch: QueryBatch) -> _Queries:
+    def _gather(self, model: Recommender, batch: QueryBatch, unwanted: bool) -> _Queries:
         """Encode this rank's batch and put the ranks' queries together (vectors on the device, integers on the CPU)."""
         device, host = self.ranks.device, self.ranks.host
+        sizes = np.array([len(batch.targets), len(batch.seen.item), unwanted], dtype=np.float64)
+        *sizes, unwanted_by = collectives.gather_vector(sizes, host).astype(np.int64).T.tolist()
+        if any(unwanted_by):
+            raise BrokenOff
+        counts, runs = sizes
         encoded = model.encode(batch.items, batch.batch_sizes, batch.event_features)
         vectors = encoded[batch.positions.to(device)]
         with torch.no_grad():
@@ -139,9 +158,7 @@ class Evaluator:
             places = routing.inverse[0].to(device)
             rows = [rows[places].float() for rows in model.candidates.lookup(model.table.exchange(routing))]
         scores = model.candidates.exact_scores(vectors, rows)
-        counts = collectives.gather_counts(len(batch.targets), host)
-        seen = batch.seen.later(sum(counts[: self.ranks.rank])).columns()
-        seen = collectives.all_gather_rows(seen, collectives.gather_counts(len(seen), host), host)
+        seen = collectives.all_gather_rows(batch.seen.later(sum(counts[: self.ranks.rank])).columns(), runs, host)
         return _Queries(
             vectors=collectives.all_gather_rows(vectors, counts, self.ranks.table),
             targets=collectives.all_gather_rows(batch.targets, counts, host),
@@ -158,7 +175,7 @@ class Evaluator:
         above = ranking.count_above(*common, candidates, tile_rows, settings.ties)
         of_sessions = queries.seen.to(self.ranks.device)
         seen = ranking.count_seen_above(*common, of_sessions, candidates, settings.ties)
-        both = collectives.sum_over_ranks(torch.stack([above, seen]), self.ranks.table).cpu()
+        both = to_host(collectives.sum_over_ranks(torch.stack([above, seen]), self.ranks.table))
         return both[0], both[1]
 
 

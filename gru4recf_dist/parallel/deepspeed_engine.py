@@ -27,6 +27,8 @@ from gru4recf_dist.parallel import traffic
 from gru4recf_dist.parallel.deepspeed_settings import deepspeed_settings, zero_stage
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.parallel.replicated import OPTIMIZER_STATE, ReplicatedParameters, make_optimizer, parameter_bytes
+from gru4recf_dist.parallel.waits import waiting_after_backward
+from gru4recf_dist.parallel.whereabouts import HERE
 
 GIB = 1 << 30
 
@@ -77,6 +79,11 @@ class _DeepSpeedEngine:
     def __call__(self, *inputs) -> torch.Tensor:
         return self._engine(*inputs)
 
+    def backward(self, loss: torch.Tensor, scale: float) -> None:
+        loss = self._scaled(loss, scale)
+        with waiting_after_backward(loss) if self._world > 1 else contextlib.nullcontext():
+            self._engine.backward(loss, scale_wrt_gas=False)
+
     def train_only(self, names: Collection[str]) -> None:
         raise NotImplementedError("DeepSpeed's partitions hold all parameters")
 
@@ -88,7 +95,7 @@ class _DeepSpeedEngine:
 
     def copy_weights_to(self, encoder: nn.Module) -> None:
         # Not by `state_dict`, which would gather the optimizer's state too.
-        with torch.no_grad():
+        with torch.no_grad(), HERE.waiting("encoder_weights"):
             for name, parameter in encoder.named_parameters():
                 parameter.copy_(self._weight(name))
 
@@ -110,8 +117,8 @@ class _UnshardedEngine(_DeepSpeedEngine):
         super().__init__(encoder, config, ranks)
         self._parameters = ReplicatedParameters(encoder, self._optimizer, config.optimizer)
 
-    def backward(self, loss: torch.Tensor, scale: float) -> None:
-        self._engine.backward(loss * scale, scale_wrt_gas=False)
+    def _scaled(self, loss: torch.Tensor, scale: float) -> torch.Tensor:
+        return loss * scale
 
     def step(self, lr: float, scale: float) -> torch.Tensor:
         # DeepSpeed would clip here too, but keep the norm to itself.
@@ -141,25 +148,34 @@ class _ZeroEngine(_DeepSpeedEngine):
         if self._keys:
             self._start_optimizer_state()
 
-    def backward(self, loss: torch.Tensor, scale: float) -> None:
+    def _scaled(self, loss: torch.Tensor, scale: float) -> torch.Tensor:
         # DeepSpeed then scales the loss, and takes the scale out of norm and gradients at the step.
         self._optimizer.override_loss_scale(scale)
-        self._engine.backward(loss, scale_wrt_gas=False)
+        return loss
 
     def step(self, lr: float, scale: float) -> torch.Tensor:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._engine.step()
+        self._step()
         return torch.as_tensor(self._engine.get_global_grad_norm())
 
     def skip(self) -> None:
         setattr(self._optimizer, self._NORM, lambda *_, **__: self._NOT_FINITE)
         try:
-            self._engine.step()
+            self._step()
         finally:
             delattr(self._optimizer, self._NORM)
 
+    def _step(self) -> None:
+        # The ranks compare norms and put the updated parameters together.
+        with HERE.waiting("encoder_update"):
+            self._engine.step()
+
     def state_dict(self) -> dict[str, torch.Tensor]:
+        with HERE.waiting("encoder_weights"):
+            return self._gathered_state()
+
+    def _gathered_state(self) -> dict[str, torch.Tensor]:
         state = {}
         for name, parameter in self._named.items():
             state[f"encoder.{name}"] = self._weight(name).clone()

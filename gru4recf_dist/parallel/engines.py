@@ -19,6 +19,7 @@ from gru4recf_dist.parallel import traffic
 from gru4recf_dist.parallel.deepspeed_settings import choose_accelerator
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.parallel.replicated import ReplicatedParameters, make_optimizer, parameter_bytes
+from gru4recf_dist.parallel.waits import waiting_after_backward
 
 
 class Engine(Protocol):
@@ -112,7 +113,9 @@ class DDPEngine:
         return self._forward(*inputs)
 
     def backward(self, loss: torch.Tensor, scale: float) -> None:
-        (loss * scale).backward()
+        loss = loss * scale
+        with waiting_after_backward(loss) if self._world > 1 else contextlib.nullcontext():
+            loss.backward()
 
     def step(self, lr: float, scale: float) -> torch.Tensor:
         norm = self._parameters.prepare_step(lr, scale)

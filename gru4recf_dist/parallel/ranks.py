@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from gru4recf_dist.errors import RanksLost, UserError, report_from_every_rank
+from gru4recf_dist.launcher import end_with_launcher
 from gru4recf_dist.parallel.roll_call import RollCall
 from gru4recf_dist.parallel.whereabouts import HERE
 
@@ -115,6 +116,8 @@ def running(device: str, timeout_seconds: int, keep: Callable[[str, bytes], None
     Raises:
         RanksLost: a collective failed; it names who did not arrive, if that was found out.
     """
+    # As train.py has done before it loaded torch; other programs may be a little late.
+    end_with_launcher()
     ranks = start(device, timeout_seconds)
     report_from_every_rank()
     roll_call = None
@@ -138,7 +141,11 @@ def running(device: str, timeout_seconds: int, keep: Callable[[str, bytes], None
 def _tells_of_others(error: RuntimeError) -> bool:
     """Whether it is what a collective raises when another rank is late or gone; gloo has no class for it."""
     words = ("Timed out", "timed out", "timeout", "Connection", "Socket", "socket", "Broken pipe")
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    text = str(error)
+    # What a loader worker raised comes with its traceback, in which anything may stand; a kernel may time out too.
+    if text.startswith("Caught ") or "CUDA error" in text:
+        return False
+    return isinstance(error, dist.DistError) or any(word in text for word in words)
 
 
 def _first_line(error: Exception) -> str:

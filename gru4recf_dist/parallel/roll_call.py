@@ -1,7 +1,8 @@
-"""Finds the rank that did not arrive: ranks tell each other where they are, and look when one waits for long.
+"""Finds the rank that did not arrive: ranks tell each other where they are, and look when one does not get on for long.
 
 The telling goes over the process group's store and a thread of its own, so it goes on while the rank hangs, and costs
-the training nothing. A rank that is silent too was stopped, or its machine is gone.
+the training nothing. A rank that is silent too was stopped, or its machine is gone: what it told has not changed
+between two looks. Clocks of different machines are never compared.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import contextlib
 import json
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch.distributed as dist
 from torch._C import _distributed_c10d
@@ -19,10 +21,10 @@ from torch._C import _distributed_c10d
 from gru4recf_dist.errors import UserError, redacted
 from gru4recf_dist.parallel.whereabouts import HERE, Position, Whereabouts
 
-# Share of the time-out after which a rank that waits looks for who is missing: when it is over, it cannot any more.
+# Shares of the time-out after which a rank that does not get on listens to what the others tell, and then looks for who
+# is missing: when it is over, it cannot any more. In between each of them tells its position four times at least.
+LISTEN_AFTER = 0.6
 LOOK_AFTER = 0.8
-# A rank that has not told its position for so many intervals is silent.
-_SILENT_AFTER = 4
 
 
 class RollCall:
@@ -47,7 +49,10 @@ class RollCall:
         self._keep, self._here = keep, here
         self._interval = min(5.0, timeout_seconds / 20)
         self._answered: set[str] = set()
-        self._called_at = -1
+        self._called_at: tuple[int, str, int] | None = None
+        # What every rank had told when this one listened, and when that was.
+        self._heard: list[str | None] | None = None
+        self._heard_at = 0.0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="roll call", daemon=True)
         self._found = ""
@@ -61,8 +66,8 @@ class RollCall:
         self._thread.join(timeout=self._interval)
 
     def findings(self) -> str | None:
-        """What was found out about the collective in which this rank is; None if it was not waited for long."""
-        return self._found if self._called_at == self._here.calls else None
+        """What was found out about where this rank is; None if it was not there for long, or others know better."""
+        return (self._found or None) if self._called_at == _place(self._here.position()) else None
 
     def _run(self) -> None:
         # The store goes with the rank or launcher that holds it: then all ends anyway.
@@ -79,28 +84,36 @@ class RollCall:
                 # Who hangs cannot know that it does: the others ask it for what it is doing.
                 self._answered.add(alarm)
                 self._keep_evidence(mine)
-        if mine.waiting_in and mine.seconds > LOOK_AFTER * self._timeout and mine.calls != self._called_at:
+        if mine.seconds < LISTEN_AFTER * self._timeout:
+            self._heard = None
+        elif self._heard is None:
+            self._heard, self._heard_at = self._told(), time.monotonic()
+        elif mine.seconds > LOOK_AFTER * self._timeout and _place(mine) != self._called_at:
             self._call(mine)
 
     def _call(self, mine: Position) -> None:
         """Find out who is missing, say so, and have all ranks keep what they know."""
-        positions = [self._position_of(rank) for rank in range(self._world)]
+        told = self._told()
+        positions = [None if text is None else Position(**json.loads(text)) for text in told]
         positions[self._rank] = mine
+        silent = {rank for rank, text in enumerate(told) if text is not None and text == self._heard[rank]}
+        self._called_at, self._found = _place(mine), ""
+        if not mine.waiting_in and others_look(positions, mine):
+            return
         late = missing(positions, mine)
-        self._found = describe(late, positions, mine, _SILENT_AFTER * self._interval)
-        self._called_at = mine.calls
+        self._found = describe(late, positions, mine, silent - {self._rank}, time.monotonic() - self._heard_at)
         self._store.set("alarm", str(mine.calls))
         # One is enough to say it.
         if self._rank == min(set(range(self._world)) - set(late), default=0):
             left = max(self._timeout - mine.seconds, 0.0)
+            fails = f". The collective fails in {left:.0f} s" if mine.waiting_in else ""
             kept = "; what the ranks were doing is kept in the run folder" if self._keep else ""
-            text = f"warning: {self._found}. The collective fails in {left:.0f} s{kept}"
-            print(redacted(text), file=sys.stderr, flush=True)
+            print(redacted(f"warning: {self._found}{fails}{kept}"), file=sys.stderr, flush=True)
 
-    def _position_of(self, rank: int) -> Position | None:
-        if not self._store.check([_key(rank)]):
-            return None
-        return Position(**json.loads(self._store.get(_key(rank))))
+    def _told(self) -> list[str | None]:
+        """What each rank told last; None of those never heard of."""
+        keys = map(_key, range(self._world))
+        return [self._store.get(key).decode() if self._store.check([key]) else None for key in keys]
 
     def _keep_evidence(self, mine: Position) -> None:
         if self._keep is None:
@@ -126,24 +139,37 @@ def missing(positions: Sequence[Position | None], mine: Position) -> list[int]:
     return [rank for rank, each in late.items() if calls[rank] == last or each.waiting_in is None]
 
 
-def describe(late: list[int], positions: Sequence[Position | None], mine: Position, silent_after: float) -> str:
+def others_look(positions: Sequence[Position | None], mine: Position) -> bool:
+    """Whether another rank knows better than one that is in no collective: it waits in one, or is further on."""
+    others = [each for each in positions if each is not None and each is not mine]
+    return any(each.waiting_in or each.calls > mine.calls for each in others)
+
+
+def describe(
+    late: list[int], positions: Sequence[Position | None], mine: Position, silent: Collection[int], heard: float
+) -> str:
     """One line about who is missing.
 
     Args:
-        silent_after: seconds without a word after which a rank counts as silent.
+        silent: ranks that have told nothing new for ``heard`` seconds.
     """
-    waited = f"step {mine.step}, phase {mine.phase}: waited {mine.seconds:.0f} s in the collective '{mine.waiting_in}'"
+    where = f"step {mine.step}, phase {mine.phase}"
+    if mine.waiting_in:
+        waited = f"{where}: waited {mine.seconds:.0f} s in the collective '{mine.waiting_in}'"
+        nobody = f"{waited}, in which all ranks are: the network, or a device, hangs"
+    else:
+        waited = f"{where}: not got on for {mine.seconds:.0f} s, waiting"
+        nobody = f"{where}: no rank has got on for {mine.seconds:.0f} s: the network, storage or a device hangs"
     if not late:
-        return f"{waited}, in which all ranks are: the network, or a device, hangs"
+        return nobody
     shown = []
     for rank in late[:8]:
         position = positions[rank]
         if position is None:
             shown.append(f"rank {rank} (never heard of)")
             continue
-        silence = mine.told_at - position.told_at
-        silent = f"; silent for {silence:.0f} s: stopped, or gone" if silence > silent_after else ""
-        shown.append(f"rank {rank} (last at {position}{silent})")
+        silence = f"; silent for {heard:.0f} s or more: stopped, or gone" if rank in silent else ""
+        shown.append(f"rank {rank} (last at {position}{silence})")
     more = f" and {len(late) - 8} more" if len(late) > 8 else ""
     return f"{waited} for {', '.join(shown)}{more}"
 
@@ -163,6 +189,11 @@ def stacks() -> str:
         for thread in threads
         if thread is not threading.current_thread() and thread.ident in frames
     )
+
+
+def _place(position: Position) -> tuple[int, str, int]:
+    """The same as long as a rank does not get on."""
+    return position.step, position.phase, position.calls
 
 
 def _key(rank: int) -> str:

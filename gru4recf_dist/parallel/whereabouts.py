@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,7 +20,6 @@ class Position:
         calls: collectives that it has begun since it started: the same numbers mean the same collective on every rank.
         waiting_in: the purpose of the collective that it is in; None: in none.
         seconds: for how long all this has been so.
-        told_at: when it was told, seconds since 1970.
     """
 
     step: int
@@ -26,7 +27,6 @@ class Position:
     calls: int
     waiting_in: str | None
     seconds: float
-    told_at: float
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -41,7 +41,7 @@ class Whereabouts:
     """Kept by the thread that trains, at the cost of a few assignments; read by others.
 
     Attributes:
-        waited_seconds: spent within collectives so far.
+        waited_seconds: spent waiting so far.
     """
 
     step: int = 0
@@ -63,13 +63,38 @@ class Whereabouts:
         self._others.is_this = True
 
     def waiting(self, purpose: str) -> _Waiting:
-        """Around a collective. If it fails, the position stays the one within it."""
-        return _Waiting(self, purpose, hasattr(self._others, "is_this"))
+        """Around a collective, or what else waits for all ranks. If it fails, the position stays the one within it."""
+        return _Waiting(self, purpose, self._is_ignored)
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Within `waiting`, around work of this rank alone: if it takes long, the others wait for this rank."""
+        purpose = self.waiting_in
+        if purpose is None or self._is_ignored:
+            yield
+            return
+        self._end()
+        try:
+            yield
+        finally:
+            self._begin(purpose)
 
     def position(self) -> Position:
         """As it is now."""
-        seconds = time.monotonic() - self._since
-        return Position(self.step, self.phase, self.calls, self.waiting_in, seconds, time.time())
+        return Position(self.step, self.phase, self.calls, self.waiting_in, time.monotonic() - self._since)
+
+    @property
+    def _is_ignored(self) -> bool:
+        return hasattr(self._others, "is_this")
+
+    def _begin(self, purpose: str) -> None:
+        self.calls += 1
+        self._since, self.waiting_in = time.monotonic(), purpose
+
+    def _end(self) -> None:
+        now = time.monotonic()
+        self.waited_seconds += now - self._since
+        self._since, self.waiting_in = now, None
 
 
 class _Waiting:
@@ -78,15 +103,11 @@ class _Waiting:
 
     def __enter__(self) -> None:
         if not self._ignored:
-            self._whereabouts.calls += 1
-            self._whereabouts._since = time.monotonic()
-            self._whereabouts.waiting_in = self._purpose
+            self._whereabouts._begin(self._purpose)
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is None and not self._ignored:
-            now = time.monotonic()
-            self._whereabouts.waited_seconds += now - self._whereabouts._since
-            self._whereabouts._since, self._whereabouts.waiting_in = now, None
+            self._whereabouts._end()
 
 
 # One process is one rank, so there is one.

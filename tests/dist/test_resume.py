@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from gru4recf_dist.checkpoint_commits import complete_steps, read_commit
+from gru4recf_dist.checkpoint_commits import best_step, complete_steps, read_commit
 from gru4recf_dist import stopping
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
@@ -65,6 +65,23 @@ def train_until_signal(ranks: Ranks, config: Config, step: int) -> tuple[object,
     trainer.evaluator.evaluate = lambda *given: evaluations.append(given) or evaluate(*given)
     stopping.requested = lambda: ranks.rank == 0 and trainer.progress.step == step
     return trainer.train(), len(evaluations)
+
+
+def train_until_signal_in_evaluation(ranks: Ranks, config: Config, step: int) -> tuple[object, int]:
+    """Train, and let one rank be asked to stop after a batch of the evaluation of ``step``; the result, and the number
+    of batches that were begun in it.
+    """
+    trainer = Trainer(config, ranks)
+    gather, begun = trainer.evaluator._gather, []
+
+    def counted(model, batch, unwanted):
+        if trainer.progress.step == step:
+            begun.append(batch)
+        return gather(model, batch, unwanted)
+
+    trainer.evaluator._gather = counted
+    stopping.requested = lambda: ranks.rank == 1 and len(begun) == 1
+    return trainer.train(), len(begun)
 
 
 def resume(ranks: Ranks, config: Config) -> tuple[int, dict[str, torch.Tensor]]:
@@ -222,17 +239,27 @@ def test_data_and_run_folder_may_be_urls(tmp_path):
     assert equal
 
 
-def test_an_evaluation_that_a_signal_kept_from_being_made_is_made_up_for(tmp_path, data):
+@pytest.mark.parametrize(
+    ("until", "stops"),
+    [
+        (train_until_signal, [(4, 0), (8, 1)]),
+        # In the second batch of five; at 8 once more in the evaluation that is made up for; and in that of the end.
+        (train_until_signal_in_evaluation, [(4, 2), (8, 2), (8, 2), (12, 2)]),
+    ],
+)
+def test_an_evaluation_that_a_signal_kept_from_being_made_is_made_up_for(tmp_path, data, until, stops):
     # The first evaluation is the best of those before the end: it must still be marked so.
     settings = (*OPTIONS, "max_steps=12", "evaluation.every_steps=4", "checkpoint.every_steps=100")
+    settings += ("evaluation.batch_sessions=1",)
     unbroken = run_ranks(2, train, tmp_path, small_config(data, tmp_path / "unbroken", *settings))
     config = small_config(data, tmp_path / "run", *settings)
-    for stopped_at, evaluations in ((4, 0), (8, 1)):
-        assert run_ranks(2, train_until_signal, tmp_path, config, stopped_at) == [(None, evaluations)] * 2
+    for stopped_at, made in stops:
+        assert run_ranks(2, until, tmp_path, config, stopped_at) == [(None, made)] * 2
         assert complete_steps(str(tmp_path / "run/checkpoints"))[-1] == stopped_at
-    assert read_commit(str(tmp_path / "run/checkpoints"), 8)["best_step"] == 4
+        if stopped_at == 8:
+            assert read_commit(str(tmp_path / "run/checkpoints"), 8)["best_step"] == 4
     resumed = run_ranks(2, resume, tmp_path, config)
-    assert [first for first, _ in resumed] == [8, 8]
+    assert [first for first, _ in resumed] == [stops[-1][0]] * 2
     for name, tensor in whole(unbroken).items():
         assert torch.equal(whole([state for _, state in resumed])[name], tensor), name
 
@@ -247,4 +274,6 @@ def test_an_evaluation_that_a_signal_kept_from_being_made_is_made_up_for(tmp_pat
     assert evaluated("run") == evaluated("unbroken")
     results = [json.loads((tmp_path / run / "result.json").read_text()) for run in ("run", "unbroken")]
     assert results[0]["best_step"] == results[1]["best_step"]
+    # What evaluation and recommendation choose.
+    assert best_step(str(tmp_path / "run/checkpoints")) == results[0]["best_step"]
     assert results[0]["test"] == results[1]["test"]

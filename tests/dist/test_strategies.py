@@ -285,9 +285,9 @@ def train_and_evaluate(ranks: Ranks, config: Config) -> tuple[set[str], dict, di
     trainer = Trainer(config, ranks)
     evaluate, calls = trainer.evaluator.evaluate, []
 
-    def first_is_best(model, split):
+    def first_is_best(model, split, *is_unwanted):
         calls.append(split)
-        metrics = evaluate(model, split)
+        metrics = evaluate(model, split, *is_unwanted)
         metrics[split]["ndcg@10"] += len(calls) == 1
         return metrics
 

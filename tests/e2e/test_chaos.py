@@ -102,7 +102,8 @@ def strike(run: ChaosRun, kind: str, rank: int) -> None:
     if kind == "torchrun":
         run.wait_for(lambda: run.status is not None, while_running=False)
         assert run.status == 137, run.last_words()
-        run.kill_everything()
+        # Its ranks end with it, and with them their workers: else two runs would write into the folder.
+        run.wait_for(lambda: not run.processes(), while_running=False)
 
 
 def states_of_last_checkpoints(ranks: Ranks, configs: list[Config]) -> list[dict[str, torch.Tensor]]:

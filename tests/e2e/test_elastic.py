@@ -57,17 +57,17 @@ def undisturbed(data, tmp_path_factory) -> dict[str, torch.Tensor]:
 class Node:
     """One launch script with all that it starts: torchrun and a single rank."""
 
-    def __init__(self, folder: Path, name: str, port: int, config: Path) -> None:
+    def __init__(self, folder: Path, name: str, port: int, config: Path, at_most: int, keep_alive_seconds: int) -> None:
         self.log = folder / f"{name}.log"
         environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "VENV": "",
-            "NNODES": "1:2",
+            "NNODES": f"1:{at_most}",
             "NPROC_PER_NODE": "1",
             "MAX_RESTARTS": "5",
             "RDZV_ENDPOINT": f"127.0.0.1:{port}",
-            "RDZV_CONF": "last_call_timeout=3,keep_alive_interval=1",
+            "RDZV_CONF": f"last_call_timeout=3,keep_alive_interval={keep_alive_seconds}",
             "CHECK": "no",
             "OMP_NUM_THREADS": "1",
             # torchrun says when it starts ranks anew.
@@ -82,6 +82,11 @@ class Node:
         for _, process in rank_processes(self.process.pid):
             return process
         raise AssertionError(f"no rank:\n{self.log.read_text()[-3000:]}")
+
+    def torchrun(self) -> psutil.Process:
+        """torchrun, whose parent the script has become."""
+        (torchrun,) = psutil.Process(self.process.pid).children()
+        return torchrun
 
     def kill(self) -> None:
         """End everything at once, as when the machine is switched off."""
@@ -98,12 +103,14 @@ class Nodes:
 
     def __init__(self, folder: Path, data: Path) -> None:
         self.folder, self.started = folder, []
+        self.at_most, self.keep_alive_seconds = 2, 1
         self.config = small_config(data, folder / "run", *OPTIONS)
         (folder / "config.yaml").write_text(typed_yaml.dump(self.config))
         (self.port,) = free_ports(1)
 
     def start(self, name: str) -> Node:
-        node = Node(self.folder, name, self.port, self.folder / "config.yaml")
+        limits = (self.at_most, self.keep_alive_seconds)
+        node = Node(self.folder, name, self.port, self.folder / "config.yaml", *limits)
         self.started.append(node)
         return node
 
@@ -167,6 +174,27 @@ def test_a_lost_node_is_done_without_and_taken_back(nodes, undisturbed, tmp_path
     nodes.wait_for(lambda: stays.process.poll() is not None and back.process.poll() is not None)
     assert (stays.process.returncode, back.process.returncode) == (0, 0)
     check_result(nodes, undisturbed, tmp_path, world=2)
+
+
+def test_a_node_that_sees_another_join_late_stays_in_the_run(nodes, undisturbed, tmp_path):
+    # Its torchrun is held back, but not taken for lost.
+    nodes.at_most, nodes.keep_alive_seconds = 3, 30
+    stays, late = nodes.start("stays"), nodes.start("late")
+    nodes.wait_for(lambda: nodes.newest_step() >= 10)
+    assert late.rank().environ()["WORLD_SIZE"] == "2"
+    stopped = late.rank()
+    late.torchrun().suspend()
+    try:
+        join(nodes, stays, "joins")
+        # The ranks have all stopped together: this one would have ended well before its torchrun looks.
+        nodes.wait_for(lambda: "stopped by a signal after step" in stays.log.read_text() + late.log.read_text())
+        time.sleep(2)
+        assert stopped.is_running() and stopped.status() != psutil.STATUS_ZOMBIE
+    finally:
+        late.torchrun().resume()
+    nodes.wait_for(lambda: all(node.process.poll() is not None for node in nodes.started))
+    assert [node.process.returncode for node in nodes.started] == [0, 0, 0]
+    check_result(nodes, undisturbed, tmp_path, world=3)
 
 
 def join(nodes: Nodes, stays: Node, name: str) -> Node:

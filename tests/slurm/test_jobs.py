@@ -280,3 +280,19 @@ def test_a_finished_run_is_not_started_again_and_is_evaluated(interrupted):
     result = json.loads((run.folder / "result.json").read_text())
     assert metrics == {name: result[name] for name in ("test", "test_excluding_seen")}
     assert json.dumps(metrics) in evaluation.story
+
+
+def test_four_nodes_with_all_their_gpus_train(cluster, data):
+    # A new run, submitted as the README has it. NPROC_PER_NODE, which is 1 here, says how many ranks a node has: eight
+    # would have a GPU each, but no cores.
+    run = Run(cluster, data, data.parent / "four-nodes")
+    as_documented = ("--nodes=4", f"--gpus-per-node={GPUS}", "--cpus-per-task=4")
+    job = cluster.submit("launch/train.sbatch", *run.arguments, "max_steps=2", options=as_documented)
+    assert job.wait() == "COMPLETED", job.story
+    assert job.show("NumNodes") == "4" and f"gpu:{GPUS}" in job.show("TresPerNode")
+    result = json.loads((run.folder / "result.json").read_text())
+    assert (result["steps"], result["world_size"]) == (2, 4)
+    assert "attempt 0 on n[1-4]" in job.output and "warning" not in job.output
+    assert {log.name for log in (cluster.folder / "logs").glob(f"{job.number}-*.log")} == {
+        f"{job.number}-n{number}.log" for number in range(1, 5)
+    }

@@ -26,13 +26,14 @@ RUN_TIME = ("gru4recf_dist.parallel", "gru4recf_dist.data", "gru4recf_dist.model
 MAY_IMPORT = {
     "gru4recf_dist.model": BASE,
     "gru4recf_dist.data": BASE,
-    "gru4recf_dist.parallel": BASE,
+    "gru4recf_dist.parallel": ("gru4recf_dist.launcher", *BASE),
     "gru4recf_dist.table": RUN_TIME,
     "gru4recf_dist.recommender": ("gru4recf_dist.table", *RUN_TIME),
     "gru4recf_dist.evaluation": ("gru4recf_dist.table", "gru4recf_dist.recommender", *RUN_TIME),
     "gru4recf_dist.planning": RUN_TIME,
     "gru4recf_dist.recbole": ("gru4recf_dist.data", "gru4recf_dist.model", *BASE),
     "gru4recf_dist.stopping": (),
+    "gru4recf_dist.launcher": (),
     "gru4recf_dist.strategies": BASE,
     "gru4recf_dist.broken_steps": ("gru4recf_dist.data", "gru4recf_dist.parallel", *BASE),
     "gru4recf_dist.checkpoint": (
@@ -64,7 +65,7 @@ MAY_IMPORT = {
     "gru4recf_dist.run_description": ("gru4recf_dist.shown_metrics", "gru4recf_dist.data", *BASE),
     "gru4recf_dist.shown_metrics": ("gru4recf_dist.data", *BASE),
     "gru4recf_dist.checkpoint_blocks": (),
-    "gru4recf_dist.checkpoint_files": ("gru4recf_dist.data", *BASE),
+    "gru4recf_dist.checkpoint_files": ("gru4recf_dist.data", "gru4recf_dist.parallel.whereabouts", *BASE),
     "data_prep": (
         "gru4recf_dist.data.filesystems",
         "gru4recf_dist.data.blocks",
@@ -89,7 +90,12 @@ ONLY_IMPORTED_BY = {
     ),
 }
 # Part of the project -> what it must never import, of anyone's.
-NEVER_IMPORTS = {"gru4recf_dist.model": "torch.distributed", "data_prep": "torch", "gru4recf_dist.stopping": "torch"}
+NEVER_IMPORTS = {
+    "gru4recf_dist.model": "torch.distributed",
+    "data_prep": "torch",
+    "gru4recf_dist.stopping": "torch",
+    "gru4recf_dist.launcher": "torch",
+}
 
 
 def modules() -> dict[str, Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from tests.support.checkout import RECORDER, STUBS, Checkout
@@ -48,6 +50,31 @@ def test_job_whose_ranks_fail_because_a_node_is_gone_is_requeued(checkout):
     assert "a node was lost (status 7), back into the queue" in finished.stdout
 
 
+def test_job_whose_launcher_could_not_take_the_signal_yet_is_requeued(checkout):
+    checkout.sbatch(TORCHRUN_STATUS=str(128 + signal.SIGUSR1))
+    assert checkout.calls("scontrol")[-1] == ["requeue", "4321"]
+
+
+def test_job_that_makes_no_checkpoint_is_not_requeued_for_ever(checkout):
+    def attempt(newest: str) -> tuple[int, str]:
+        (checkout.folder / "calls").unlink(missing_ok=True)
+        # Its ranks fail, and its nodes cannot be asked why.
+        finished = checkout.sbatch(TORCHRUN_STATUS="7", PROBE_STATUS="1", NEWEST=newest, MAX_REQUEUES="2")
+        assert (["requeue", "4321"] in checkout.calls("scontrol")) == bool(checkout.calls("torchrun"))
+        return finished.returncode, finished.stderr
+
+    assert [attempt(step)[0] for step in ("no checkpoint", "no checkpoint", "step 5", "step 5")] == [7] * 4
+    status, error = attempt("step 5")
+    assert status == 1 and error.startswith("error: back from the queue 2 times without a new checkpoint")
+    assert checkout.calls("torchrun") == []
+
+
+@pytest.mark.parametrize(("cpus", "warns"), [("1", True), ("2", False)])
+def test_job_with_fewer_cores_than_ranks_says_so(checkout, cpus, warns):
+    finished = checkout.sbatch(SLURM_CPUS_ON_NODE=cpus)
+    assert ("warning: 1 CPU for 2 ranks of a node" in finished.stdout) == warns
+
+
 def test_job_that_has_finished_is_not_started_again(checkout):
     finished = checkout.sbatch("--config", "x.yaml", CHECK_STATUS="0")
     assert finished.returncode == 0
@@ -59,6 +86,14 @@ def test_job_that_stopped_at_a_checkpoint_queues_again(checkout):
     finished = checkout.sbatch(FINISHED="3")
     assert finished.returncode == 0, finished.stderr
     assert checkout.calls("scontrol")[-1] == ["requeue", "4321"]
+
+
+@pytest.mark.parametrize(("state", "requeued"), [("RUNNING Reason=None", True), ("COMPLETING Reason=None", False)])
+def test_job_that_does_not_know_whether_it_has_finished_is_not_taken_for_complete(checkout, state, requeued):
+    finished = checkout.sbatch(FINISHED="2", STATE=state)
+    assert finished.returncode == 2
+    assert "it is not known whether the run has finished (status 2)" in finished.stdout
+    assert checkout.calls("scontrol").count(["requeue", "4321"]) == requeued
 
 
 @pytest.mark.parametrize(

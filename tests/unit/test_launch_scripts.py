@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.checkout import ROOT, STUBS, Checkout
@@ -153,6 +154,71 @@ def test_a_signal_to_the_script_reaches_the_ranks_and_not_torchrun(checkout, num
     assert (checkout.folder / f"saved-{int(number)}-True").exists()
 
 
+# The check of the configuration lasts until the test lets it end; all else is Python.
+PYTHON_THAT_CHECKS_FOR_LONG = f"""#!{sys.executable}
+import os, sys, time
+if "--check" not in sys.argv:
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+open("checking", "w").close()
+while not os.path.exists("go"):
+    time.sleep(0.02)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_from_before_torchrun_is_not_lost(checkout, number):
+    checkout.write_program("python", PYTHON_THAT_CHECKS_FOR_LONG)
+    checkout.write_program("torchrun", TORCHRUN_WITH_A_RANK)
+    (checkout.folder / "train.py").write_text(
+        "import os\nopen(f\"saved-{os.path.exists(os.environ['STOP_FILE'])}\", 'w')"
+    )
+    node = subprocess.Popen(["bash", "launch/torchrun_node.sh"], cwd=checkout.folder, env=checkout.environment)
+    wait_for(checkout.folder / "checking")
+    # As SLURM does: to every process.
+    for process in (*psutil.Process(node.pid).children(recursive=True), node):
+        process.send_signal(number)
+    (checkout.folder / "go").touch()
+    assert node.wait(timeout=30) == 0
+    assert (checkout.folder / "saved-True").exists()
+
+
+def test_a_signal_while_torchrun_is_being_started_is_not_lost(checkout):
+    checkout.write_program("torchrun", TORCHRUN_WITH_A_RANK)
+    wait_for_note = "import os, time\nwhile not os.path.exists(os.environ['STOP_FILE']):\n    time.sleep(0.02)\n"
+    (checkout.folder / "train.py").write_text(wait_for_note)
+    script = checkout.folder / "launch" / "stoppable.py"
+    before = 'open("starting", "w").close()\n    while not os.path.exists("go"):\n        time.sleep(0.02)\n    '
+    script.write_text(script.read_text().replace("torchrun = subprocess", f"{before}torchrun = subprocess"))
+    command = [sys.executable, "launch/stoppable.py", f"{checkout.folder}/venv/bin/torchrun"]
+    node = subprocess.Popen(command, cwd=checkout.folder, env=checkout.environment)
+    wait_for(checkout.folder / "starting")
+    node.send_signal(signal.SIGUSR1)
+    (checkout.folder / "go").touch()
+    assert node.wait(timeout=30) == 0
+
+
+def test_on_a_full_disk_signals_are_passed_on(checkout):
+    checkout.write_program("torchrun", TORCHRUN_WITH_A_RANK)
+    (checkout.folder / "train.py").write_text(RANK)
+    script = checkout.folder / "launch" / "stoppable.py"
+    script.write_text(script.read_text().replace("stop_file.touch()", 'raise OSError(28, "No space left on device")'))
+    command = ["bash", "launch/torchrun_node.sh"]
+    node = subprocess.Popen(command, cwd=checkout.folder, env={**checkout.environment, "CHECK": "no"})
+    wait_for(checkout.folder / "started")
+    node.send_signal(signal.SIGTERM)
+    assert node.wait(timeout=30) == 0
+    assert (checkout.folder / f"saved-{int(signal.SIGTERM)}-False").exists()
+
+
+def test_an_evaluation_does_not_mind_the_signal_for_a_checkpoint(checkout):
+    checkout.write_program("torchrun", PATIENT_TORCHRUN.replace("time.sleep(60)", "time.sleep(1)"))
+    environment = {**checkout.environment, "MODULE": "gru4recf_dist.evaluate"}
+    node = subprocess.Popen(["bash", "launch/torchrun_node.sh"], cwd=checkout.folder, env=environment)
+    wait_for(checkout.folder / "started")
+    node.send_signal(signal.SIGUSR1)
+    assert node.wait(timeout=30) == 0
+
+
 def test_a_second_signal_makes_torchrun_give_up(checkout):
     checkout.write_program("torchrun", PATIENT_TORCHRUN)
     script = checkout.folder / "launch" / "stoppable.py"
@@ -168,6 +234,20 @@ def test_a_second_signal_makes_torchrun_give_up(checkout):
         time.sleep(0.1)
     # It ended by SIGINT: not by itself, and not because the launcher broke.
     assert node.returncode == 128 + signal.SIGINT
+
+
+def test_torchrun_ends_with_the_script(checkout):
+    checkout.write_program("torchrun", PATIENT_TORCHRUN)
+    node = subprocess.Popen(["bash", "launch/torchrun_node.sh"], cwd=checkout.folder, env=checkout.environment)
+    wait_for(checkout.folder / "started")
+    (torchrun,) = psutil.Process(node.pid).children()
+    node.kill()
+    node.wait()
+    # It is this machine's init that it waits for, if for anything.
+    deadline = time.monotonic() + 30
+    while torchrun.is_running() and torchrun.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.dist

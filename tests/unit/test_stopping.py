@@ -122,3 +122,35 @@ def test_a_wish_to_stop_does_not_end_a_starting_rank(tmp_path, state, number, fi
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=0.5)
     assert process.communicate("\n")[0] == "True\n" and process.returncode == 0
+
+
+# Has stopped with other ranks.
+STOPPED = """
+import sys
+from gru4recf_dist import stopping
+stopping.LAUNCHER_SECONDS = float(sys.argv[1])
+stopping.catch_signals()
+print("ready", flush=True)
+stopping.leave_end_to_launcher()
+"""
+
+
+@pytest.mark.parametrize("what", ["signal", "file", "time", "no launcher"])
+def test_a_rank_that_stopped_with_others_leaves_its_end_to_its_launcher(tmp_path, what):
+    stop_file = "" if what == "no launcher" else str(tmp_path / "stop")
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, "0.1" if what == "time" else "1000"],
+        cwd=ROOT,
+        env={**os.environ, "STOP_FILE": stop_file},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    if what in ("signal", "file"):
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=0.5)
+    if what == "signal":
+        process.send_signal(signal.SIGTERM)
+    elif what == "file":
+        (tmp_path / "stop").touch()
+    assert process.communicate(timeout=30)[0] == "" and process.returncode == 0

@@ -131,6 +131,19 @@ def list_names(url: str) -> list[str]:
     return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in names if name.rstrip("/") != path.rstrip("/")})
 
 
+def glob(url: str) -> list[str]:
+    """The URLs that match a pattern, sorted; a local one's are plain paths. Errors as `exists`."""
+    fs, path = filesystem(url)
+
+    def ask() -> list[str]:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return call(fs, "glob", path)
+        return []
+
+    found = sorted(_answered(url, ask))
+    return found if is_local(url) else [fs.unstrip_protocol(name) for name in found]
+
+
 def make_folder(url: str) -> None:
     """Create a folder and its parents (a no-op on object storage, which has none). Errors as `exists`."""
     fs, path = filesystem(url)

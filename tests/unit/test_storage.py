@@ -35,6 +35,14 @@ def test_what_is_written_is_read_and_listed(folder):
     assert not storage.is_folder(storage.join(folder, "a/two.json"))
 
 
+def test_a_pattern_finds_files_by_name(folder):
+    for name in ("raw/b.csv", "raw/a.csv", "raw/a.txt", "raw/deeper/c.csv"):
+        storage.write_bytes(storage.join(folder, name), name.encode())
+    found = storage.glob(storage.join(folder, "raw/*.csv"))
+    assert [storage.read_bytes(url) for url in found] == [b"raw/a.csv", b"raw/b.csv"]
+    assert storage.glob(storage.join(folder, "none/*.csv")) == []
+
+
 def test_remove_tree_takes_files_and_folders_and_minds_nothing_missing(folder):
     storage.write_bytes(storage.join(folder, "a/b/one.bin"), b"1")
     storage.write_bytes(storage.join(folder, "keep.bin"), b"1")

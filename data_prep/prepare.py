@@ -23,7 +23,7 @@ from data_prep.recipe import Recipe
 from data_prep.report import Report
 from data_prep.sources import VALID, EventFile, event_files, event_reader, staged_schema
 from data_prep.value_vocabulary import write_parquet
-from gru4recf_dist.data import storage
+from gru4recf_dist.data import filesystems, storage
 from gru4recf_dist.data.event_columns import EventFeature
 from gru4recf_dist.data.shard_format import POPULARITY, SPLITS, TOKENS, InputFile, ShardInfo, SplitInfo, write_manifest
 from gru4recf_dist.errors import UserError
@@ -43,6 +43,7 @@ def prepare(recipe: Recipe, append: bool = False) -> Report:
             be added to. The output is then as it was before (object storage, unless appending: if the error did not
             come while writing).
     """
+    filesystems.hide_texts(recipe.spark.secrets)
     if not append:
         output.check_replaceable(recipe.output)
     files = event_files(recipe, append)

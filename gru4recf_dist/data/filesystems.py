@@ -42,7 +42,12 @@ def configure(settings: StorageConfig) -> None:
     _settings = settings
     for protocol, options in settings.options.items():
         fsspec.config.conf.setdefault(protocol, {}).update(options)
-    hide(_texts(settings.options))
+    hide_texts(settings.options)
+
+
+def hide_texts(tree: Any) -> None:
+    """Leave every text in nested settings, and the server of every URL there, out of all messages from now on."""
+    hide(_texts(tree))
 
 
 def hide_environment() -> None:
@@ -50,8 +55,8 @@ def hide_environment() -> None:
 
     fsspec's own defaults are from `FSSPEC_S3_KEY` and the like, and from its configuration file.
     """
-    hide(_texts([value for name in _SECRET_VARIABLES if (value := os.environ.get(name))]))
-    hide(_texts(fsspec.config.conf))
+    hide_texts([value for name in _SECRET_VARIABLES if (value := os.environ.get(name))])
+    hide_texts(fsspec.config.conf)
 
 
 def settings() -> StorageConfig:

@@ -54,7 +54,8 @@ def use_storage(schema: type[BaseModel], overrides: list[str]) -> None:
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key or key.startswith("-"):
-            raise UserError(f"'{override}': an override reads key=value, such as seed=1")
+            shown = filesystems.without_userinfo(override)
+            raise UserError(f"'{shown}': an override reads key=value, such as seed=1")
     _use_storage(schema, _merged(schema, {}, overrides, "overrides"))
 
 
@@ -65,6 +66,8 @@ def _merged(schema: type[BaseModel], base: Any, overrides: list[str], source: st
     try:
         for culprit in overrides:
             key = culprit.partition("=")[0]
+            if not _holds_secrets(schema, key):
+                filesystems.refuse_userinfo(culprit, filesystems.without_userinfo(key))
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([culprit]))
         culprit = source
         return OmegaConf.to_container(merged, resolve=True)
@@ -84,10 +87,25 @@ def _use_storage(schema: type[BaseModel], content: Any) -> None:
 
 
 def _validated(schema: type[Settings], content: Any) -> Settings:
+    for key, text in _texts(content):
+        if not _holds_secrets(schema, key):
+            filesystems.refuse_userinfo(text, key)
     try:
         return schema.model_validate(content)
     except ValidationError as error:
         raise UserError("; ".join(_explain(schema, detail) for detail in error.errors()[:3])) from error
+
+
+def _texts(content: Any, key: str = "") -> typing.Iterator[tuple[str, str]]:
+    """Every text among plain values, and the key at which it stands; those of a list have the list's."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(content, list):
+        for value in content:
+            yield from _texts(value, key)
+    elif isinstance(content, str):
+        yield key, content
 
 
 def dump(settings: BaseModel) -> str:

@@ -244,8 +244,9 @@ def _read_manifest(data: str, name: str) -> Manifest:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "manifest"
         # A key that nobody knows may hold anything, line ends too.
-        text = f"{place}: {first['msg'].removeprefix('Value error, ')}".encode("unicode_escape").decode("ascii")
-        raise UserError(f"{url}: {text[:_LONGEST_SHOWN]}") from error
+        text = f"{place}: {first['msg'].removeprefix('Value error, ')}"
+        shown = filesystems.without_userinfo(text).encode("unicode_escape").decode("ascii")
+        raise UserError(f"{url}: {shown[:_LONGEST_SHOWN]}") from error
     for file in manifest.files:
         file_url(data, file)
     return manifest
@@ -255,8 +256,9 @@ def file_url(data: str, name: str) -> str:
     """Where a file lies that the manifest of ``data`` names.
 
     Raises:
-        UserError: it does not lie in ``data``, and `storage.allow_outside` is off.
+        UserError: it does not lie in ``data``, and `storage.allow_outside` is off; or it is a URL with a password.
     """
+    filesystems.refuse_userinfo(name, f"{storage.join(data, MANIFEST)}: the name of a file")
     if _lies_inside(name):
         return storage.join(data, name)
     if not filesystems.settings().allow_outside:

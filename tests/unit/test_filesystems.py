@@ -243,7 +243,7 @@ def test_files_outside_are_read_when_the_user_allows_it(tmp_path, manifest, name
         "exec://touch {}/executed",
         "simplecache::file://{}/elsewhere/x.tar",
         "file://{}/elsewhere/x.tar::pipe:touch {}/executed",
-        "github://a:b@c/x",
+        "github://c/x",
         "ftp://127.0.0.1/x",
         "data:,x",
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -20,6 +21,7 @@ from gru4recf_dist.data.storage_config import StorageConfig
 from gru4recf_dist.data.streams import SessionLoader
 from gru4recf_dist.errors import UserError, exits_cleanly, redacted
 from gru4recf_dist.run_description import describe
+from tests.support.http_files import serving
 from tests.support.synthetic import random_sessions, write_dataset
 
 
@@ -167,6 +169,15 @@ OUTSIDE = [
     "exec:touch executed",
     "train/x.tar::zip://y",
     "simplecache::s3://b/x.tar",
+    "train/%2e%2e/%2E%2e/secret.tar",
+    "train/.%2e/x.tar",
+    "..%2fsecret.tar",
+    "..%5csecret.tar",
+    "%2fetc/hostname",
+    "train/%252e%252e/%25252e%25252e/secret.tar",
+    "%2525252525252525252525252e%2e/x",
+    "c%3a/x.tar",
+    "train/x%00.tar",
     "train/x.tar\0.npy",
     "train/x.tar\nerror: ok",
     "train/\x1b[2J.tar",
@@ -187,9 +198,35 @@ def test_a_name_that_leads_outside_is_refused(name):
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("name", ["train/x.tar", "x.tar", "items/features/größe [cm].npy", "a/b/...tar", "~/x.tar"])
+@pytest.mark.parametrize(
+    "name", ["train/x.tar", "x.tar", "items/features/größe [cm].npy", "a/b/...tar", "~/x.tar", "100%/x%41?#"]
+)
 def test_a_name_inside_is_joined(name):
     assert file_url("s3://bucket/data", name) == f"s3://bucket/data/{name}"
+
+
+@pytest.mark.parametrize("name", ["x?y/../x.tar", "train/x.tar?y", "train/x.tar#y", "train/x.tar%3fy", "train/%23"])
+def test_a_name_on_a_web_server_has_no_query(name):
+    with pytest.raises(UserError, match=r"storage\.allow_outside"):
+        file_url("https://host/data", name)
+
+
+@pytest.mark.parametrize("name", ["train/%2e%2e/%2e%2e/secret.tar", "..%2fsecret.tar", "%252e%252e/secret.tar"])
+def test_a_manifest_does_not_lead_out_of_its_folder_on_a_web_server(tmp_path, name):
+    manifest = write_dataset(str(tmp_path), random_sessions(0, 20, 9))
+    content = manifest.model_dump(mode="json")
+    content["splits"]["train"]["shards"][0]["url"] = name
+    with serving() as server:
+        server.files = {
+            f"data/{path.relative_to(tmp_path)}": path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
+        }
+        server.files["secret.tar"] = (tmp_path / manifest.splits["train"].shards[0].url).read_bytes()
+        # As it is, the data set can be read.
+        assert read_manifest(f"{server.url}/data") == manifest
+        server.files["data/manifest.json"] = json.dumps(content).encode()
+        with pytest.raises(UserError, match=r"data/manifest\.json: names .* not a file of this data set"):
+            read_manifest(f"{server.url}/data")
+        assert {name for name, _ in server.requests} == {"data/manifest.json"}
 
 
 @pytest.fixture

@@ -60,7 +60,8 @@ NPY_HEADER_ERRORS = (
 def first_line(error: Exception) -> str:
     """The first line of an exception's text, without Python objects: a `UserError` is one readable line."""
     text = (str(error.args[0]) if error.args else type(error).__name__).split("\n")[0]
-    return re.sub(r": <\S+ object at 0x\w+>", "", text)[:LONGEST_REASON]
+    text = re.sub(r": <\S+ object at 0x\w+>", "", text)[:LONGEST_REASON]
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 def local_path(url: str) -> str:

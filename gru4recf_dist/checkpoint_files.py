@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
 from gru4recf_dist.data import storage
-from gru4recf_dist.errors import UserError
+from gru4recf_dist.errors import UserError, first_line
 
 
 class FileContent(TypedDict):
@@ -71,7 +71,7 @@ def storage_errors(message: str) -> Iterator[None]:
         for reason in reasons:
             if isinstance(reason, UserError):
                 raise UserError(str(reason)) from error
-        text = storage.first_line(reasons[0]) if reasons else "torch gave no reason"
+        text = first_line(reasons[0]) if reasons else "torch gave no reason"
         raise UserError(f"{message} ({text})") from error
 
 

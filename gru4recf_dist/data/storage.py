@@ -12,10 +12,8 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
-import tokenize
 import uuid
 from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeVar
@@ -26,42 +24,18 @@ from numpy.lib import format as npy_format
 
 from gru4recf_dist.data.attempts import attempted, call
 from gru4recf_dist.data.filesystems import filesystem, is_local, is_remote
+from gru4recf_dist.data.npy_headers import header_of
 from gru4recf_dist.data.ranges import DamagedFile, RangedReader
-from gru4recf_dist.errors import UserError
+from gru4recf_dist.errors import UserError, first_line
 
 READ_BYTES = 1 << 18
 LARGEST_SINGLE_UPLOAD = 64 << 20
 UPLOAD_PART_BYTES = 16 << 20
-# numpy and others quote all that they do not understand.
-LONGEST_REASON = 300
-# numpy takes 10000 characters at most, but reads as many as the file claims before it counts them.
-NPY_HEADER_BYTES = 1 << 16
 NPY_PIECE_BYTES = 8 << 20
-_NPY_VERSIONS = {(1, 0), (2, 0), (3, 0)}
 # A disk that can take no more, whoever writes.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 Result = TypeVar("Result")
-
-# What numpy's parser of a damaged or hostile `.npy` header raises.
-NPY_HEADER_ERRORS = (
-    ValueError,
-    TypeError,
-    KeyError,
-    EOFError,
-    MemoryError,
-    OverflowError,
-    RecursionError,
-    SyntaxError,
-    tokenize.TokenError,
-)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an exception's text, without Python objects: a `UserError` is one readable line."""
-    text = (str(error.args[0]) if error.args else type(error).__name__).split("\n")[0]
-    text = re.sub(r": <\S+ object at 0x\w+>", "", text)[:LONGEST_REASON]
-    return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 def local_path(url: str) -> str:
@@ -204,16 +178,12 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
     file first, so that an upload that breaks can be made again.
 
     Raises:
-        UserError: the file cannot be written, or the disk is full.
+        UserError: the file cannot be written, or the disk is full, that of ``TMPDIR`` too.
     """
     fs, path = filesystem(url)
     if not is_local(url):
-        with tempfile.TemporaryDirectory() as folder:
-            collected = os.path.join(folder, "content")
-            with open(collected, "wb") as stream:
-                yield stream
-            with open(collected, "rb") as content:
-                _upload(url, fs, path, content)
+        with _collecting(url, fs, path) as stream:
+            yield stream
         return
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
@@ -237,8 +207,27 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
         raise
 
 
-def _unwritable(url: str, error: OSError) -> UserError:
-    return UserError(f"{url}: cannot be written ({_reason(error)})")
+@contextlib.contextmanager
+def _collecting(url: str, fs: fsspec.AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
+    """A temporary file that is uploaded at the end of the block, which may close it."""
+    folder = ""
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            collected = os.path.join(folder, "content")
+            with open(collected, "wb") as stream:
+                yield stream
+            with open(collected, "rb") as content:
+                _upload(url, fs, path, content)
+    except OSError as error:
+        # Not every error of the block is this file's.
+        if folder and error.errno not in _FULL and not str(error.filename).startswith(folder):
+            raise
+        place = os.path.dirname(folder) or tempfile.tempdir or os.environ.get("TMPDIR", "")
+        raise _unwritable(url, error, f"TMPDIR {place}: ") from error
+
+
+def _unwritable(url: str, error: OSError, place: str = "") -> UserError:
+    return UserError(f"{url}: cannot be written ({place}{_reason(error)})")
 
 
 def read_bytes(url: str) -> bytes:
@@ -316,7 +305,7 @@ def read_npy_header(url: str) -> tuple[np.dtype, tuple[int, ...]]:
         UserError: as `read_npy_rows`.
     """
     with open_read(url) as stream:
-        return _read_header(url, stream)
+        return header_of(url, stream)
 
 
 def read_npy_rows(url: str, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -326,7 +315,7 @@ def read_npy_rows(url: str, start: int = 0, stop: int | None = None) -> np.ndarr
         UserError: the file is missing, is not a plain `.npy` array, or is shorter than its header says.
     """
     with open_read(url) as stream:
-        dtype, shape = _read_header(url, stream)
+        dtype, shape = header_of(url, stream)
         stop = shape[0] if stop is None else min(stop, shape[0])
         start = min(start, stop)
         row_shape = shape[1:]
@@ -350,33 +339,3 @@ def read_npy_rows(url: str, start: int = 0, stop: int | None = None) -> np.ndarr
                 raise UserError(f"{url}: truncated while it was read")
             content[place : place + wanted] = np.frombuffer(piece, np.uint8)
     return array
-
-
-def _read_header(url: str, stream: IO[bytes]) -> tuple[np.dtype, tuple[int, ...]]:
-    """Type and shape of the `.npy` file at whose start ``stream`` is, which is left at the first row."""
-    try:
-        header = _Header(stream)
-        version = npy_format.read_magic(header)
-        if version not in _NPY_VERSIONS:
-            raise ValueError(f"version {version[0]}.{version[1]}")
-        read_header = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
-        shape, fortran_order, dtype = read_header(header)
-    except NPY_HEADER_ERRORS as error:
-        raise UserError(f"{url}: not a .npy file ({first_line(error)})") from error
-    # Python counts True as 1, numpy does not.
-    is_countable = shape and all(type(size) is int and size >= 0 for size in shape) and 0 not in shape[1:]
-    if dtype.kind not in "biufc" or fortran_order or not is_countable:
-        raise UserError(f"{url}: must be a plain C-ordered array of numbers, not {dtype.kind!r} of shape {shape}")
-    return dtype, shape
-
-
-class _Header:
-    """The first bytes of a stream, and no more of it."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream, self._left = stream, NPY_HEADER_BYTES
-
-    def read(self, size: int) -> bytes:
-        content = self._stream.read(min(size, self._left))
-        self._left -= len(content)
-        return content

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.shard_format import UNKNOWN_VALUE_ID, Feature, Manifest, file_url
-from gru4recf_dist.errors import UserError
+from gru4recf_dist.errors import UserError, first_line
 
 # Rows decoded at a time: tokens may be long, and hashing takes 24 bytes for each byte of theirs.
 _BATCH_ROWS = 1 << 14
@@ -117,7 +117,7 @@ class TokenFile:
         try:
             yield
         except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, MemoryError, OverflowError) as error:
-            reason = storage.first_line(error)
+            reason = first_line(error)
             raise UserError(f"{self._url}: damaged, or no Parquet file with a column 'token' ({reason})") from error
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import tempfile
 import uuid
 
 import fsspec
@@ -79,6 +81,41 @@ def test_file_appears_only_at_the_end_of_the_block(folder):
         assert not storage.exists(url)
         stream.write(b" and half")
     assert storage.read_bytes(url) == b"half and half"
+
+
+class _FullDisk(tempfile.TemporaryDirectory):
+    """A folder in which the file that is written lies on a full device."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__(**settings)
+        os.symlink("/dev/full", f"{self.name}/content")
+
+
+def test_a_full_temporary_folder_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", _FullDisk)
+    with pytest.raises(UserError) as caught, storage.open_atomic("memory://full/x.bin") as stream:
+        stream.write(bytes(1 << 20))
+    said = f"memory://full/x.bin: cannot be written (TMPDIR {tmp_path}: No space left on device)"
+    assert str(caught.value) == said
+    # What is found out at the end only.
+    with pytest.raises(UserError) as caught, storage.open_atomic("memory://full/x.bin") as stream:
+        stream.write(b"x")
+    assert str(caught.value) == said
+    assert not storage.exists("memory://full/x.bin") and list(tmp_path.iterdir()) == []
+
+
+def test_a_temporary_folder_that_is_gone_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(UserError) as caught, storage.open_atomic("memory://gone/x.bin"):
+        pass
+    said = f"memory://gone/x.bin: cannot be written (TMPDIR {tmp_path}/gone: No such file or directory)"
+    assert str(caught.value) == said
+
+
+def test_an_error_of_the_block_is_not_taken_for_one_of_its_file(folder):
+    with pytest.raises(FileNotFoundError, match="elsewhere"), storage.open_atomic(storage.join(folder, "x.bin")):
+        raise FileNotFoundError(2, "not there", "elsewhere")
 
 
 @pytest.mark.parametrize("read", [storage.read_bytes, storage.read_json, storage.read_npy_rows])

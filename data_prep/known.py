@@ -153,6 +153,12 @@ class Known:
         )
 
 
+def check_there(data: str) -> None:
+    """Raises UserError if there is no data set to append to."""
+    if not storage.exists(storage.join(data, MANIFEST)):
+        raise UserError(f"output: {data}: there is no data set to append to")
+
+
 def read_known(recipe: Recipe, kinds: dict[str, str], inputs: list[InputFile]) -> Known:
     """The data set at ``recipe.output``, once it is known that what ``recipe`` makes can be added to it.
 
@@ -161,13 +167,10 @@ def read_known(recipe: Recipe, kinds: dict[str, str], inputs: list[InputFile]) -
         inputs: its event files.
 
     Raises:
-        UserError: there is no data set, or the recipe does not fit it, or an event file is in it already.
+        UserError: the data set is damaged, or the recipe does not fit it, or an event file is in it already.
     """
     data = recipe.output
-    url = storage.join(data, MANIFEST)
-    if not storage.exists(url):
-        raise UserError(f"output: {data}: there is no data set to append to")
-    content = storage.read_bytes(url)
+    content = storage.read_bytes(storage.join(data, MANIFEST))
     manifest = read_manifest(data)
     _check_keys(recipe, kinds, manifest, data)
     there = {(file.bytes, file.sha256): file.name for file in manifest.inputs}

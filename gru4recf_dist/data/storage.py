@@ -32,6 +32,7 @@ READ_BYTES = 1 << 18
 LARGEST_SINGLE_UPLOAD = 64 << 20
 UPLOAD_PART_BYTES = 16 << 20
 NPY_PIECE_BYTES = 8 << 20
+_PRECONDITION_FAILED = 412
 # A disk that can take no more, whoever writes.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
@@ -247,6 +248,55 @@ def write_bytes(url: str, content: bytes) -> None:
         return
     with open_atomic(url) as stream:
         stream.write(content)
+
+
+def create(url: str, content: bytes) -> bool:
+    """Write a file unless there is one; False if there is. ``content`` must be like no other.
+
+    Of several who try at once one succeeds, on a local disk and where object storage creates exclusively, as S3 does.
+    Where it does not, all may, and who reads back what it wrote is the one.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    fs, path = filesystem(url)
+    if is_local(url):
+        try:
+            with open(path, "xb") as stream:
+                stream.write(content)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise _unwritable(url, error) from error
+        return True
+
+    def ask() -> bool:
+        try:
+            call(fs, "pipe_file", path, content, mode="create")
+        except Exception as error:
+            if isinstance(error, FileExistsError) or _status(error) == _PRECONDITION_FAILED:
+                return False
+            if not _knows_no_exclusive_write(error):
+                raise
+            call(fs, "pipe_file", path, content)
+        return True
+
+    # If it is there already, the answer to our own request may have been lost.
+    return _answered(url, ask) or read_bytes(url) == content
+
+
+def _status(error: Exception) -> object:
+    """The HTTP status behind an error of a backend, if it tells: S3's client does in what caused its `OSError`."""
+    answer = getattr(error.__cause__, "response", None)
+    if isinstance(answer, dict):
+        return answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return getattr(error, "status", getattr(error, "code", None))
+
+
+def _knows_no_exclusive_write(error: Exception) -> bool:
+    """Whether a file system, or the server behind it, refused to write exclusively for want of knowing how."""
+    is_unknown = isinstance(error, OSError) and error.errno == errno.ENOSYS
+    return is_unknown or isinstance(error, NotImplementedError | TypeError) or "ParamValidation" in type(error).__name__
 
 
 def _upload(url: str, fs: fsspec.AbstractFileSystem, path: str, stream: IO[bytes]) -> None:

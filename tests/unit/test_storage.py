@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import tempfile
@@ -35,6 +36,40 @@ def test_what_is_written_is_read_and_listed(folder):
     assert storage.list_names(storage.join(folder, "none")) == []
     assert storage.is_folder(storage.join(folder, "a"))
     assert not storage.is_folder(storage.join(folder, "a/two.json"))
+
+
+def test_a_file_is_created_once(folder):
+    url = storage.join(folder, "lock")
+    assert storage.create(url, b"first")
+    assert not storage.create(url, b"second")
+    assert storage.read_bytes(url) == b"first"
+
+
+def test_an_answer_that_was_lost_does_not_make_ones_own_file_anothers():
+    storage.write_bytes("memory://lost/lock", b"ours")
+    assert storage.create("memory://lost/lock", b"ours")
+
+
+@pytest.mark.parametrize(
+    "error", [NotImplementedError(), TypeError("mode"), OSError(errno.ENOSYS, "A header that is not implemented")]
+)
+def test_storage_that_cannot_create_exclusively_is_written_to(monkeypatch, error):
+    fs = filesystems.filesystem("memory://")[0]
+    write = type(fs).pipe_file
+
+    def write_only(fs, path, value, mode="overwrite"):
+        if mode == "create":
+            raise error
+        write(fs, path, value)
+
+    monkeypatch.setattr(type(fs), "pipe_file", write_only)
+    assert storage.create("memory://simple/lock", b"first")
+    assert storage.read_bytes("memory://simple/lock") == b"first"
+
+
+def test_a_file_that_cannot_be_created_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"/none/lock: cannot be written \(No such file or directory\)$"):
+        storage.create(f"{tmp_path}/none/lock", b"x")
 
 
 def test_a_pattern_finds_files_by_name(folder):

@@ -21,7 +21,6 @@ from pathlib import Path
 from filelock import FileLock
 
 from gru4recf_dist.data import storage
-from gru4recf_dist.data.ranges import DamagedFile
 from gru4recf_dist.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ def _acquire(output: str, url: str, content: bytes) -> None:
 def _read(url: str) -> bytes | None:
     try:
         return storage.read_bytes(url)
-    except DamagedFile:
+    except storage.DamagedFile:
         return None
 
 

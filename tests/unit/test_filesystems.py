@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import fsspec
 import pytest
 
+from data_prep import spark_tasks
 from data_prep.recipe import Recipe
 from gru4recf_dist import config as configuration
 from gru4recf_dist import errors, typed_yaml
@@ -145,6 +146,17 @@ def test_loader_workers_hide_secrets_too(monkeypatch, tmp_path, caplog):
     loader = SessionLoader(str(tmp_path / "sec-ret"), manifest, config, 8, 0, 0, 1)
     assert len(list(streams._StreamParts(loader))) == loader.steps_per_epoch
     assert f"/***/{shard}: no such file" in caplog.text and "sec-ret" not in caplog.text
+
+
+def test_executors_hide_the_secrets_of_their_own_environment(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://host-of-somebody:9000")
+
+    def fail(batches):
+        raise UserError("s3://b/x: no answer from host-of-somebody:9000")
+
+    with pytest.raises(spark_tasks.TaskError) as caught:
+        list(spark_tasks.writing(fail)(iter([])))
+    assert spark_tasks.user_line(str(caught.value)) == "s3://b/x: no answer from ***"
 
 
 # What a manifest may name

@@ -117,7 +117,9 @@ class EventFeatures:
     ) -> EventFeature:
         texts = self._texts[name].select(value=name, code="code")
         counts = train.group_by(train[name].name("code")).agg(count=train.count())
-        values = known.read_tokens(str(before.vocabulary)) if before else pa.array([], pa.string())
+        values = pa.array([], pa.string())
+        if before is not None:
+            values = known.read_tokens(str(before.vocabulary), before.size - value_vocabulary.FIRST_VALUE_ID)
         vocabulary = value_vocabulary.grown(engine, counts.join(texts, "code"), values, recipe.min_count)
         url = known.named(f"items/features/{recipe.name}.vocabulary.parquet")
         value_vocabulary.write(storage.join(data, url), vocabulary)

@@ -168,7 +168,7 @@ class _Files:
         """
         known = pa.array([], pa.string())
         if self.before is not None:
-            known = self._known.read_tokens(str(self.before.vocabulary))
+            known = self._known.read_tokens(str(self.before.vocabulary), self.before.size - FIRST_VALUE_ID)
         seen = values.filter((values.popularity > 0) & (values.value != ""))
         counts = seen.group_by("value").agg(count=seen.count())
         vocabulary, url = value_vocabulary.grown(engine, counts, known, min_count), self.url("vocabulary.parquet")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from data_prep.engine import Engine
@@ -29,6 +27,7 @@ from gru4recf_dist.data.shard_format import (
     file_url,
     read_manifest,
 )
+from gru4recf_dist.data.tokens import TokenFile
 from gru4recf_dist.errors import UserError
 
 # Rows that are staged at a time.
@@ -84,10 +83,10 @@ class Known:
         """A `.npy` that the manifest names."""
         return storage.read_npy_rows(file_url(self.data, name))
 
-    def read_tokens(self, name: str) -> pa.Array:
-        """The column `token` of a Parquet file that the manifest names, in the order of ids."""
-        table = pq.read_table(io.BytesIO(storage.read_bytes(file_url(self.data, name))), columns=["token"])
-        return table["token"].cast(pa.string()).combine_chunks()
+    def read_tokens(self, name: str, expected: int) -> pa.Array:
+        """The ``expected`` tokens of a file that the manifest names, in the order of ids; errors as `TokenFile`."""
+        batches = list(TokenFile(file_url(self.data, name), expected).batches())
+        return pa.chunked_array(batches, pa.large_string()).cast(pa.string()).combine_chunks()
 
     def read_items(self) -> tuple[pa.Array, np.ndarray]:
         """The token of every item from 1 on; its training events, int64 [N+1].
@@ -97,13 +96,11 @@ class Known:
         """
         if self.manifest is None:
             return pa.array([], pa.string()), np.zeros(1, np.int64)
-        tokens, popularity = self.read_tokens(self.manifest.tokens), self.read_values(self.manifest.popularity)
-        for name, rows, expected in (
-            (self.manifest.tokens, len(tokens), self.items),
-            (self.manifest.popularity, len(popularity), self.items + 1),
-        ):
-            if rows != expected:
-                raise UserError(f"{file_url(self.data, name)}: has {rows} rows, the manifest says {expected}")
+        tokens = self.read_tokens(self.manifest.tokens, self.items)
+        name, expected = self.manifest.popularity, self.items + 1
+        popularity = self.read_values(name)
+        if len(popularity) != expected:
+            raise UserError(f"{file_url(self.data, name)}: has {len(popularity)} rows, the manifest says {expected}")
         return tokens, popularity
 
     def stage(self, engine: Engine) -> ir.Table | None:
@@ -156,6 +153,12 @@ class Known:
         )
 
 
+def check_there(data: str) -> None:
+    """Raises UserError if there is no data set to append to."""
+    if not storage.exists(storage.join(data, MANIFEST)):
+        raise UserError(f"output: {data}: there is no data set to append to")
+
+
 def read_known(recipe: Recipe, kinds: dict[str, str], inputs: list[InputFile]) -> Known:
     """The data set at ``recipe.output``, once it is known that what ``recipe`` makes can be added to it.
 
@@ -164,13 +167,10 @@ def read_known(recipe: Recipe, kinds: dict[str, str], inputs: list[InputFile]) -
         inputs: its event files.
 
     Raises:
-        UserError: there is no data set, or the recipe does not fit it, or an event file is in it already.
+        UserError: the data set is damaged, or the recipe does not fit it, or an event file is in it already.
     """
     data = recipe.output
-    url = storage.join(data, MANIFEST)
-    if not storage.exists(url):
-        raise UserError(f"output: {data}: there is no data set to append to")
-    content = storage.read_bytes(url)
+    content = storage.read_bytes(storage.join(data, MANIFEST))
     manifest = read_manifest(data)
     _check_keys(recipe, kinds, manifest, data)
     there = {(file.bytes, file.sha256): file.name for file in manifest.inputs}

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 
 from data_prep.bad_rows import QUARANTINE
+from data_prep.output_lock import LOCK
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.shard_format import (
     KEPT_MANIFESTS,
@@ -22,7 +23,7 @@ from gru4recf_dist.data.shard_format import (
 )
 from gru4recf_dist.errors import UserError
 
-OURS = frozenset({MANIFEST, QUARANTINE, KEPT_MANIFESTS, "items", *SPLITS})
+OURS = frozenset({MANIFEST, QUARANTINE, KEPT_MANIFESTS, LOCK, "items", *SPLITS})
 # Where an append writes files beside those that a manifest names.
 _FILLED = ("items", "items/features", *SPLITS)
 _LATER_QUARANTINE = re.compile(r"quarantine-(\d+)\.jsonl")
@@ -95,7 +96,7 @@ def _remote(url: str) -> Iterator[str]:
 def _clear(url: str) -> None:
     storage.remove_tree(storage.join(url, MANIFEST))
     for name in storage.list_names(url):
-        if _is_ours(name):
+        if _is_ours(name) and name != LOCK:
             storage.remove_tree(storage.join(url, name))
 
 

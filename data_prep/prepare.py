@@ -12,18 +12,18 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from data_prep import output, splits, steps, vocabulary, writer
+from data_prep import output, output_lock, splits, steps, vocabulary, writer
 from data_prep.bad_rows import QUARANTINE, write_record
 from data_prep.engine import MICROSECONDS, Engine, Unread, open_engine
 from data_prep.event_features import EventFeatures
 from data_prep.features import ItemFeatures
 from data_prep.fingerprint import fingerprints
-from data_prep.known import Known, read_known
+from data_prep.known import Known, check_there, read_known
 from data_prep.recipe import Recipe
 from data_prep.report import Report
 from data_prep.sources import VALID, EventFile, event_files, event_reader, staged_schema
 from data_prep.value_vocabulary import write_parquet
-from gru4recf_dist.data import storage
+from gru4recf_dist.data import filesystems, storage
 from gru4recf_dist.data.event_columns import EventFeature
 from gru4recf_dist.data.shard_format import POPULARITY, SPLITS, TOKENS, InputFile, ShardInfo, SplitInfo, write_manifest
 from gru4recf_dist.errors import UserError
@@ -40,17 +40,21 @@ def prepare(recipe: Recipe, append: bool = False) -> Report:
 
     Raises:
         UserError: a file or column is missing, or a step leaves nothing over, or there is nothing that the events can
-            be added to. The output is then as it was before (object storage, unless appending: if the error did not
-            come while writing).
+            be added to, or another preparation is at work on the output. The output is then as it was before (object
+            storage, unless appending: if the error did not come while writing).
     """
+    filesystems.hide_texts(recipe.spark.secrets)
     if not append:
         output.check_replaceable(recipe.output)
     files = event_files(recipe, append)
     features = ItemFeatures(recipe)
     inputs = fingerprints(file.url for file in files)
-    known = read_known(recipe, features.kinds, inputs) if append else Known()
-    with open_engine(recipe) as engine:
-        return _Preparation(recipe, engine, files, features, inputs, known).run()
+    if append:
+        check_there(recipe.output)
+    with output_lock.held(recipe.output):
+        known = read_known(recipe, features.kinds, inputs) if append else Known()
+        with open_engine(recipe) as engine:
+            return _Preparation(recipe, engine, files, features, inputs, known).run()
 
 
 class _Preparation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Literal
 
@@ -173,14 +174,25 @@ class ItemTable(Layout):
         return self
 
 
+# No credential: to hide these would take them out of every message.
+_PLAIN_VALUE = re.compile(r"true|false|[0-9]{1,7}([.][0-9]{1,3})?[a-zA-Z%]{0,3}")
+
+
 class Spark(Section):
-    """The Spark cluster and its settings."""
+    """The Spark cluster and its settings.
+
+    Settings may be credentials (``spark.hadoop.fs.s3a.secret.key``): like `storage.options` they are never written.
+    """
 
     master: str = Field(
         "local[*]", min_length=1, description="the cluster: local[N], spark://HOST:PORT, yarn, k8s://URL"
     )
     settings: dict[str, str] = Field(
-        {}, description="Spark's own settings, such as `spark.executor.memory: 8g`; nested keys are joined by dots"
+        {},
+        exclude=True,
+        repr=False,
+        description="Spark's own settings, such as `spark.executor.memory: 8g`; nested keys are joined by dots; never "
+        "written to any file",
     )
 
     @field_validator("settings", mode="before")
@@ -198,6 +210,11 @@ class Spark(Section):
             if key == "spark.master":
                 raise ValueError("spark.master has a key of its own: spark.master=URL")
         return settings
+
+    @property
+    def secrets(self) -> list[str]:
+        """The settings' values, but for those that are a switch, a number or a size."""
+        return [value for value in self.settings.values() if not _PLAIN_VALUE.fullmatch(value)]
 
     @property
     def is_local(self) -> bool:

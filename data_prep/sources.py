@@ -104,11 +104,10 @@ def expand(source: str, patterns: list[str]) -> list[str]:
             _check_exist([url])
             urls.append(url)
             continue
-        fs, path = storage.filesystem(url)
-        found = sorted(fs.glob(path))
+        found = storage.glob(url)
         if not found:
             raise UserError(f"{url}: no file matches")
-        urls += found if storage.is_local(url) else [fs.unstrip_protocol(name) for name in found]
+        urls += found
     return list(dict.fromkeys(urls))
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from data_prep.bad_rows import BadRows
 from gru4recf_dist.data import filesystems
 from gru4recf_dist.data.storage_config import StorageConfig
-from gru4recf_dist.errors import UserError
+from gru4recf_dist.errors import UserError, redacted
 
 if TYPE_CHECKING:
     # Not to be imported by executors, which have no use for ibis.
@@ -43,15 +43,17 @@ def user_line(message: str) -> str | None:
 @contextlib.contextmanager
 def _told(settings: StorageConfig) -> Iterator[None]:
     """Reach storage as the driver does, and tell it of errors that the user can act on."""
+    filesystems.hide_environment()
     filesystems.configure(settings)
     try:
         yield
     except UserError as error:
-        raise TaskError(str(error)) from None
+        # What is to be hidden is in this environment, not the driver's.
+        raise TaskError(redacted(str(error))) from None
     except OSError as error:
         # A full disk, or a bucket that refuses.
         where = f"{error.filename}: " if error.filename else ""
-        raise TaskError(f"{where}{error.strerror or error}") from None
+        raise TaskError(redacted(f"{where}{error.strerror or error}")) from None
 
 
 def stored_schema(schema: pa.Schema) -> pa.Schema:

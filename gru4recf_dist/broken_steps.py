@@ -16,7 +16,7 @@ import torch
 from gru4recf_dist.config import NonFiniteConfig
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.batches import PackedBatch
-from gru4recf_dist.errors import UserError
+from gru4recf_dist.errors import UserError, first_line
 from gru4recf_dist.parallel.ranks import Ranks, from_each
 
 FOLDER = "non-finite"
@@ -67,7 +67,7 @@ class BrokenSteps:
         try:
             save_batches(folder, self._ranks, batches)
         except (OSError, UserError) as error:
-            return storage.first_line(error)
+            return first_line(error)
         return None
 
 

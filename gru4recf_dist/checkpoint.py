@@ -27,7 +27,7 @@ from gru4recf_dist.checkpoint_commits import DamagedCheckpoint, best_step, compl
 from gru4recf_dist.checkpoint_files import CheckpointReader, CheckpointWriter, storage_errors
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
-from gru4recf_dist.errors import UserError, redacted
+from gru4recf_dist.errors import UserError, first_line, redacted
 from gru4recf_dist.model.subnets import ITEM_TABLE
 from gru4recf_dist.parallel.engines import Engine
 from gru4recf_dist.parallel.ranks import Ranks, from_each, from_first
@@ -265,7 +265,7 @@ class Checkpoints:
         try:
             metadata = CheckpointReader(url).read_metadata()
         except (OSError, pickle.UnpicklingError, EOFError) as error:
-            raise UserError(f"{url}: this checkpoint is damaged ({storage.first_line(error)})") from error
+            raise UserError(f"{url}: this checkpoint is damaged ({first_line(error)})") from error
         return {name: saved.size for name, saved in metadata.state_dict_metadata.items() if hasattr(saved, "size")}
 
     def _read(self, step: int, tensors: dict[str, torch.Tensor], planner: LoadPlanner | None = None) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from gru4recf_dist.data import storage
-from gru4recf_dist.errors import UserError
+from gru4recf_dist.errors import UserError, first_line
 from gru4recf_dist.parallel.whereabouts import HERE
 
 
@@ -83,7 +83,7 @@ def storage_errors(message: str) -> Iterator[None]:
         for reason in reasons:
             if isinstance(reason, UserError):
                 raise UserError(str(reason)) from error
-        text = storage.first_line(reasons[0]) if reasons else "torch gave no reason"
+        text = first_line(reasons[0]) if reasons else "torch gave no reason"
         raise UserError(f"{message} ({text})") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 
@@ -17,6 +18,8 @@ class RanksLost(Exception):
 
 
 _hidden: set[str] = set()
+# numpy and others quote all that they do not understand.
+LONGEST_REASON = 300
 # A shorter text is no secret, and would be found everywhere.
 _SHORTEST_HIDDEN = 4
 
@@ -31,6 +34,13 @@ def redacted(message: str) -> str:
     for text in sorted(_hidden, key=len, reverse=True):
         message = message.replace(text, "***")
     return message
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's text, without Python objects: a `UserError` is one readable line."""
+    text = (str(error.args[0]) if error.args else type(error).__name__).split("\n")[0]
+    text = re.sub(r": <\S+ object at 0x\w+>", "", text)[:LONGEST_REASON]
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 _every_rank_reports = False

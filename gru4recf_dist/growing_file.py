@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from gru4recf_dist.data import storage
-from gru4recf_dist.errors import UserError, redacted
+from gru4recf_dist.errors import UserError, first_line, redacted
 
 
 class GrowingFile:
@@ -98,7 +98,7 @@ class GrowingFile:
             write()
         except (OSError, UserError) as error:
             if not self._warned:
-                reason = redacted(getattr(error, "strerror", None) or storage.first_line(error))
+                reason = redacted(getattr(error, "strerror", None) or first_line(error))
                 self._warn(f"warning: {self.url} cannot be written for now ({reason})")
             self._warned = True
             return False

@@ -15,7 +15,7 @@ import torch
 from gru4recf_dist import trained_run
 from gru4recf_dist.broken_steps import FOLDER, load_batches
 from gru4recf_dist.data import storage
-from gru4recf_dist.errors import exits_cleanly
+from gru4recf_dist.errors import exits_cleanly, first_line
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.schedule import factor
 from gru4recf_dist.trainer import Trainer
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
             except RuntimeError as error:
                 if "returned nan" not in str(error):
                     raise
-                say(f"backward: {storage.first_line(error)}")
+                say(f"backward: {first_line(error)}")
                 return
         say(f"loss a target: {done.loss / max(done.targets, 1.0):.6g}; gradient norm: {float(done.gradient_norm):.6g}")
         if done.broken is None:

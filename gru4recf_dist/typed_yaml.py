@@ -11,6 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from gru4recf_dist.data import filesystems, storage
 from gru4recf_dist.data.storage_config import StorageConfig
@@ -34,14 +35,14 @@ def load(schema: type[Settings], path: str | None, overrides: list[str]) -> Sett
             key is named), or a value has the wrong type or is out of bounds.
     """
     use_storage(schema, overrides)
-    content = _merged(_read(path) if path else {}, overrides, path or "overrides")
+    content = _merged(schema, _read(path) if path else {}, overrides, path or "overrides")
     _use_storage(schema, content)
     return _validated(schema, content)
 
 
 def validated(schema: type[Settings], content: dict[str, Any], overrides: list[str]) -> Settings:
     """As `load`, of values that a program has put together; they may be few, the others are the schema's defaults."""
-    return _validated(schema, _merged(content, overrides, "overrides"))
+    return _validated(schema, _merged(schema, content, overrides, "overrides"))
 
 
 def use_storage(schema: type[BaseModel], overrides: list[str]) -> None:
@@ -53,21 +54,28 @@ def use_storage(schema: type[BaseModel], overrides: list[str]) -> None:
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key or key.startswith("-"):
-            raise UserError(f"'{override}': an override reads key=value, such as seed=1")
-    _use_storage(schema, _merged({}, overrides, "overrides"))
+            shown = filesystems.without_userinfo(override)
+            raise UserError(f"'{shown}': an override reads key=value, such as seed=1")
+    _use_storage(schema, _merged(schema, {}, overrides, "overrides"))
 
 
-def _merged(base: Any, overrides: list[str], source: str) -> Any:
+def _merged(schema: type[BaseModel], base: Any, overrides: list[str], source: str) -> Any:
     """``base`` with the overrides, as plain values."""
     merged = OmegaConf.create(base)
+    key = ""
     try:
-        for override in overrides:
-            # The value may be a credential.
-            culprit = override if not override.startswith("storage.") else override.partition("=")[0]
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        for culprit in overrides:
+            key = culprit.partition("=")[0]
+            if not _holds_secrets(schema, key):
+                filesystems.refuse_userinfo(culprit, filesystems.without_userinfo(key))
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([culprit]))
         culprit = source
         return OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        key = getattr(error, "full_key", None) or key
+        if _holds_secrets(schema, key):
+            # What the parser says quotes the value.
+            raise UserError(f"{key}: cannot be parsed; put the value in quotes, and a backslash before ${{") from None
         raise UserError(f"{culprit}: {_first_line(error)}") from error
 
 
@@ -79,10 +87,25 @@ def _use_storage(schema: type[BaseModel], content: Any) -> None:
 
 
 def _validated(schema: type[Settings], content: Any) -> Settings:
+    for key, text in _texts(content):
+        if not _holds_secrets(schema, key):
+            filesystems.refuse_userinfo(text, key)
     try:
         return schema.model_validate(content)
     except ValidationError as error:
         raise UserError("; ".join(_explain(schema, detail) for detail in error.errors()[:3])) from error
+
+
+def _texts(content: Any, key: str = "") -> typing.Iterator[tuple[str, str]]:
+    """Every text among plain values, and the key at which it stands; those of a list have the list's."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(content, list):
+        for value in content:
+            yield from _texts(value, key)
+    elif isinstance(content, str):
+        yield key, content
 
 
 def dump(settings: BaseModel) -> str:
@@ -114,24 +137,30 @@ def _explain(schema: type[BaseModel], detail: dict[str, Any]) -> str:
     # pydantic names the member of a union it tried, as in "list[str]": that is no key of ours.
     key = ".".join(str(part) for part in detail["loc"] if "[" not in str(part))
     if detail["type"] == "extra_forbidden":
-        known = list(_keys(schema))
+        known = [known for known, _ in _fields(schema)]
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
         return f"unknown key '{key}'; did you mean '{close[0]}'?"
     if detail["type"] == "missing":
         return f"{key} must be given"
     message = detail["msg"].removeprefix("Value error, ")
-    if isinstance(detail["input"], dict) or key.startswith("storage.options"):
+    if isinstance(detail["input"], dict) or _holds_secrets(schema, key):
         return f"{key}: {message}" if key else message
     return f"{key}: {message[0].lower()}{message[1:]} (got {detail['input']!r})"
 
 
-def _keys(schema: type[BaseModel], prefix: str = "") -> typing.Iterator[str]:
-    """Every dotted key that ``schema`` knows."""
+def _holds_secrets(schema: type[BaseModel], key: str) -> bool:
+    """Whether what stands at ``key``, or within it, is never written, and so not to be shown either."""
+    secret = (hidden for hidden, field in _fields(schema) if field.exclude)
+    return any(f"{key}.".startswith(f"{hidden}.") or f"{hidden}.".startswith(f"{key}.") for hidden in secret)
+
+
+def _fields(schema: type[BaseModel], prefix: str = "") -> typing.Iterator[tuple[str, FieldInfo]]:
+    """Every dotted key that ``schema`` knows, and what it is."""
     for name, field in schema.model_fields.items():
         key = prefix + (field.alias or name)
-        yield key
+        yield key, field
         for inner in _section_types(field.annotation):
-            yield from _keys(inner, f"{key}.")
+            yield from _fields(inner, f"{key}.")
 
 
 def _section_types(annotation: Any) -> list[type[BaseModel]]:

@@ -47,7 +47,7 @@ _answered: set[str] = set()
 def attempted(url: str, request: Callable[[], Result]) -> Result:
     """What ``request`` returns, which is called again, after longer and longer pauses, when storage fails.
 
-    The pauses have a random part, so that the ranks of a run do not all come back at once.
+    Up to half of each pause is left out at random, so that the ranks of a run do not all come back at once.
 
     Raises:
         OSError: the last attempt's, if it is one of those that say what is wrong with the file
@@ -55,6 +55,7 @@ def attempted(url: str, request: Callable[[], Result]) -> Result:
         UserError: storage went on failing; the line names ``url``.
     """
     settings = filesystems.settings()
+    half, longest_half = settings.backoff_seconds / 2, settings.longest_backoff_seconds / 2
 
     def answer() -> Result:
         result = request()
@@ -64,8 +65,9 @@ def attempted(url: str, request: Callable[[], Result]) -> Result:
     try:
         for attempt in tenacity.Retrying(
             stop=lambda state: state.attempt_number >= _attempts(url, state.outcome.exception()),
-            wait=tenacity.wait_exponential(settings.backoff_seconds, max=settings.longest_backoff_seconds)
-            + tenacity.wait_random(0, settings.backoff_seconds),
+            # A random part that did not grow with the pauses would bring all ranks back at nearly the same time.
+            wait=tenacity.wait_exponential(half, max=longest_half)
+            + tenacity.wait_random_exponential(half, max=longest_half),
             retry=tenacity.retry_if_exception(is_passing),
             before_sleep=lambda state: _report(url, state),
             reraise=True,

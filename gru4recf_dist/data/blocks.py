@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.lib import format as npy_format
 
-from gru4recf_dist.data import storage
 from gru4recf_dist.data.event_columns import EventFeature
+from gru4recf_dist.data.npy_headers import NPY_HEADER_ERRORS
 from gru4recf_dist.data.ranges import DamagedFile
+from gru4recf_dist.errors import first_line
 
 MAX_BLOCK_SESSIONS = 1024
 
@@ -155,8 +156,8 @@ def _decode_column(content: bytes, dtype: type[np.generic], where: str) -> np.nd
         if version != (1, 0):
             raise DamagedFile(f"{where} is damaged (.npy version {version[0]}.{version[1]})")
         shape, _, found = npy_format.read_array_header_1_0(stream)
-    except storage.NPY_HEADER_ERRORS as error:
-        raise DamagedFile(f"{where} is damaged ({storage.first_line(error)})") from error
+    except NPY_HEADER_ERRORS as error:
+        raise DamagedFile(f"{where} is damaged ({first_line(error)})") from error
     if found != dtype or len(shape) != 1:
         raise DamagedFile(f"{where} must be a flat {np.dtype(dtype)} array")
     start = stream.tell()

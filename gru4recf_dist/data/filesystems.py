@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,6 +28,15 @@ _SECRET_VARIABLES = (
     "AZURE_STORAGE_CONNECTION_STRING",
     "AZURE_STORAGE_SAS_TOKEN",
 )
+# `user:password@` before a server; a password may hold a slash that should have been written %2F.
+_USERINFO = re.compile(
+    r"(?P<protocol>[a-zA-Z][a-zA-Z0-9+.-]*)://"
+    r"(?P<userinfo>[^/?#\s]*|(?<=http://|ttps://)[^/?#\s@\[\]]*:(?![0-9]*[/?#])[^\s@]*)@"
+)
+_WITHOUT_SERVER = frozenset({"file", "local", "memory"})
+# abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH
+_WITH_CONTAINER = frozenset({"abfs", "abfss", "az"})
+
 # A number of so many digits is a credential, not a setting.
 _SHORTEST_NUMBER = 8
 
@@ -42,7 +52,12 @@ def configure(settings: StorageConfig) -> None:
     _settings = settings
     for protocol, options in settings.options.items():
         fsspec.config.conf.setdefault(protocol, {}).update(options)
-    hide(_texts(settings.options))
+    hide_texts(settings.options)
+
+
+def hide_texts(tree: Any) -> None:
+    """Leave every text in nested settings, and the server of every URL there, out of all messages from now on."""
+    hide(_texts(tree))
 
 
 def hide_environment() -> None:
@@ -50,8 +65,8 @@ def hide_environment() -> None:
 
     fsspec's own defaults are from `FSSPEC_S3_KEY` and the like, and from its configuration file.
     """
-    hide(_texts([value for name in _SECRET_VARIABLES if (value := os.environ.get(name))]))
-    hide(_texts(fsspec.config.conf))
+    hide_texts([value for name in _SECRET_VARIABLES if (value := os.environ.get(name))])
+    hide_texts(fsspec.config.conf)
 
 
 def settings() -> StorageConfig:
@@ -59,12 +74,49 @@ def settings() -> StorageConfig:
     return _settings
 
 
+def refuse_userinfo(text: str, place: str = "") -> None:
+    """Refuse URLs with a user or password: URLs are written to files and shown.
+
+    Args:
+        text: a URL, or what may hold some.
+        place: where it stands, for the message.
+
+    Raises:
+        UserError: there is one; the line does not have what must not be shown.
+    """
+    protocol = next((match["protocol"] for match in _userinfos(text)), None)
+    if protocol is not None:
+        is_known = protocol.lower() in PROTOCOLS
+        instead = f"give them in storage.options.{protocol.lower()}" if is_known else f"'{protocol}' is not supported"
+        raise UserError(
+            f"{place or without_userinfo(text)}: a URL must not hold a user or password, as it is written to files; "
+            f"{instead}"
+        )
+
+
+def without_userinfo(text: str) -> str:
+    """``text`` with ``***`` in place of the users and passwords of its URLs."""
+    for match in reversed(list(_userinfos(text))):
+        text = f"{text[: match.start('userinfo')]}***{text[match.end('userinfo') :]}"
+    return text
+
+
+def _userinfos(text: str) -> Iterator[re.Match[str]]:
+    for match in _USERINFO.finditer(text):
+        protocol = match["protocol"].lower()
+        is_container = protocol in _WITH_CONTAINER and ":" not in match["userinfo"]
+        if not is_container and protocol not in _WITHOUT_SERVER:
+            yield match
+
+
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of ``url`` and the path in it.
 
     Raises:
-        UserError: the protocol is not one of plain storage (``pipe:``, say), or its package is missing.
+        UserError: the protocol is not one of plain storage (``pipe:``, say), its package is missing, or the URL holds
+            a user or password.
     """
+    refuse_userinfo(url)
     if "::" in url:
         # fsspec reads it as a chain of file systems, and would open the first of them only.
         raise UserError(f"{url}: '::' is not supported")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from typing import Literal
+from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
@@ -40,6 +41,8 @@ UNKNOWN_VALUE_ID = 1  # of a feature's vocabulary: values that no training item 
 
 # Of what a manifest holds in place of something else, in a message.
 _LONGEST_SHOWN = 200
+# `%25252e` is a dot that was quoted three times; nobody means that.
+_MOST_QUOTINGS = 4
 
 
 class _Strict(BaseModel):
@@ -244,8 +247,9 @@ def _read_manifest(data: str, name: str) -> Manifest:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "manifest"
         # A key that nobody knows may hold anything, line ends too.
-        text = f"{place}: {first['msg'].removeprefix('Value error, ')}".encode("unicode_escape").decode("ascii")
-        raise UserError(f"{url}: {text[:_LONGEST_SHOWN]}") from error
+        text = f"{place}: {first['msg'].removeprefix('Value error, ')}"
+        shown = filesystems.without_userinfo(text).encode("unicode_escape").decode("ascii")
+        raise UserError(f"{url}: {shown[:_LONGEST_SHOWN]}") from error
     for file in manifest.files:
         file_url(data, file)
     return manifest
@@ -255,9 +259,10 @@ def file_url(data: str, name: str) -> str:
     """Where a file lies that the manifest of ``data`` names.
 
     Raises:
-        UserError: it does not lie in ``data``, and `storage.allow_outside` is off.
+        UserError: it does not lie in ``data``, and `storage.allow_outside` is off; or it is a URL with a password.
     """
-    if _lies_inside(name):
+    filesystems.refuse_userinfo(name, f"{storage.join(data, MANIFEST)}: the name of a file")
+    if _lies_inside(name, is_of_url=filesystems.protocol_of(data) in ("http", "https")):
         return storage.join(data, name)
     if not filesystems.settings().allow_outside:
         raise UserError(
@@ -269,10 +274,25 @@ def file_url(data: str, name: str) -> str:
     return name if is_complete else storage.join(data, name)
 
 
-def _lies_inside(name: str) -> bool:
-    """Whether a name of the manifest is a plain relative path; a file system may read a backslash as a slash."""
-    parts = name.replace("\\", "/").split("/")
-    return name.isprintable() and not any(part in ("", ".", "..") or ":" in part for part in parts)
+def _lies_inside(name: str, is_of_url: bool) -> bool:
+    """Whether a name of the manifest is a plain relative path.
+
+    A file system may read a backslash as a slash, and a server `%2e` as a dot.
+
+    Args:
+        is_of_url: what follows a `?` or `#` is not part of the path.
+    """
+    read = name
+    for _ in range(_MOST_QUOTINGS):
+        parts = read.replace("\\", "/").split("/")
+        if not read.isprintable() or any(part in ("", ".", "..") or ":" in part for part in parts):
+            return False
+        if is_of_url and any(sign in read for sign in "?#"):
+            return False
+        before, read = read, unquote(read)
+        if read == before:
+            return True
+    return False
 
 
 def write_manifest(data: str, manifest: Manifest) -> None:

@@ -26,7 +26,7 @@ from gru4recf_dist.data.cache import GIB, FileCache
 from gru4recf_dist.data.event_columns import EventFeature
 from gru4recf_dist.data.ranges import DamagedFile, RangedReader, in_background
 from gru4recf_dist.data.shard_format import ShardInfo, file_url
-from gru4recf_dist.errors import UserError, redacted
+from gru4recf_dist.errors import UserError, first_line, redacted
 
 _log = logging.getLogger(__name__)
 
@@ -103,9 +103,7 @@ class Shard:
         except UserError:
             raise
         except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, MemoryError) as error:
-            raise DamagedFile(
-                f"{self.url}: cannot be read ({type(error).__name__}: {storage.first_line(error)})"
-            ) from error
+            raise DamagedFile(f"{self.url}: cannot be read ({type(error).__name__}: {first_line(error)})") from error
         if (sessions, events) != (self.info.sessions, self.info.events):
             raise DamagedFile(
                 f"{self.url}: holds {sessions} sessions and {events} events, "

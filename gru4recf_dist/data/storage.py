@@ -12,10 +12,8 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
-import tokenize
 import uuid
 from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeVar
@@ -26,41 +24,19 @@ from numpy.lib import format as npy_format
 
 from gru4recf_dist.data.attempts import attempted, call
 from gru4recf_dist.data.filesystems import filesystem, is_local, is_remote
+from gru4recf_dist.data.npy_headers import header_of
 from gru4recf_dist.data.ranges import DamagedFile, RangedReader
-from gru4recf_dist.errors import UserError
+from gru4recf_dist.errors import UserError, first_line
 
 READ_BYTES = 1 << 18
 LARGEST_SINGLE_UPLOAD = 64 << 20
 UPLOAD_PART_BYTES = 16 << 20
-# numpy and others quote all that they do not understand.
-LONGEST_REASON = 300
-# numpy takes 10000 characters at most, but reads as many as the file claims before it counts them.
-NPY_HEADER_BYTES = 1 << 16
 NPY_PIECE_BYTES = 8 << 20
-_NPY_VERSIONS = {(1, 0), (2, 0), (3, 0)}
+_PRECONDITION_FAILED = 412
 # A disk that can take no more, whoever writes.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 Result = TypeVar("Result")
-
-# What numpy's parser of a damaged or hostile `.npy` header raises.
-NPY_HEADER_ERRORS = (
-    ValueError,
-    TypeError,
-    KeyError,
-    EOFError,
-    MemoryError,
-    OverflowError,
-    RecursionError,
-    SyntaxError,
-    tokenize.TokenError,
-)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an exception's text, without Python objects: a `UserError` is one readable line."""
-    text = (str(error.args[0]) if error.args else type(error).__name__).split("\n")[0]
-    return re.sub(r": <\S+ object at 0x\w+>", "", text)[:LONGEST_REASON]
 
 
 def local_path(url: str) -> str:
@@ -131,6 +107,19 @@ def list_names(url: str) -> list[str]:
     return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in names if name.rstrip("/") != path.rstrip("/")})
 
 
+def glob(url: str) -> list[str]:
+    """The URLs that match a pattern, sorted; a local one's are plain paths. Errors as `exists`."""
+    fs, path = filesystem(url)
+
+    def ask() -> list[str]:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return call(fs, "glob", path)
+        return []
+
+    found = sorted(_answered(url, ask))
+    return found if is_local(url) else [fs.unstrip_protocol(name) for name in found]
+
+
 def make_folder(url: str) -> None:
     """Create a folder and its parents (a no-op on object storage, which has none). Errors as `exists`."""
     fs, path = filesystem(url)
@@ -190,16 +179,12 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
     file first, so that an upload that breaks can be made again.
 
     Raises:
-        UserError: the file cannot be written, or the disk is full.
+        UserError: the file cannot be written, or the disk is full, that of ``TMPDIR`` too.
     """
     fs, path = filesystem(url)
     if not is_local(url):
-        with tempfile.TemporaryDirectory() as folder:
-            collected = os.path.join(folder, "content")
-            with open(collected, "wb") as stream:
-                yield stream
-            with open(collected, "rb") as content:
-                _upload(url, fs, path, content)
+        with _collecting(url, fs, path) as stream:
+            yield stream
         return
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
@@ -223,8 +208,27 @@ def open_atomic(url: str) -> Iterator[IO[bytes]]:
         raise
 
 
-def _unwritable(url: str, error: OSError) -> UserError:
-    return UserError(f"{url}: cannot be written ({_reason(error)})")
+@contextlib.contextmanager
+def _collecting(url: str, fs: fsspec.AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
+    """A temporary file that is uploaded at the end of the block, which may close it."""
+    folder = ""
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            collected = os.path.join(folder, "content")
+            with open(collected, "wb") as stream:
+                yield stream
+            with open(collected, "rb") as content:
+                _upload(url, fs, path, content)
+    except OSError as error:
+        # Not every error of the block is this file's.
+        if folder and error.errno not in _FULL and not str(error.filename).startswith(folder):
+            raise
+        place = os.path.dirname(folder) or tempfile.tempdir or os.environ.get("TMPDIR", "")
+        raise _unwritable(url, error, f"TMPDIR {place}: ") from error
+
+
+def _unwritable(url: str, error: OSError, place: str = "") -> UserError:
+    return UserError(f"{url}: cannot be written ({place}{_reason(error)})")
 
 
 def read_bytes(url: str) -> bytes:
@@ -244,6 +248,55 @@ def write_bytes(url: str, content: bytes) -> None:
         return
     with open_atomic(url) as stream:
         stream.write(content)
+
+
+def create(url: str, content: bytes) -> bool:
+    """Write a file unless there is one; False if there is. ``content`` must be like no other.
+
+    Of several who try at once one succeeds, on a local disk and where object storage creates exclusively, as S3 does.
+    Where it does not, all may, and who reads back what it wrote is the one.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    fs, path = filesystem(url)
+    if is_local(url):
+        try:
+            with open(path, "xb") as stream:
+                stream.write(content)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise _unwritable(url, error) from error
+        return True
+
+    def ask() -> bool:
+        try:
+            call(fs, "pipe_file", path, content, mode="create")
+        except Exception as error:
+            if isinstance(error, FileExistsError) or _status(error) == _PRECONDITION_FAILED:
+                return False
+            if not _knows_no_exclusive_write(error):
+                raise
+            call(fs, "pipe_file", path, content)
+        return True
+
+    # If it is there already, the answer to our own request may have been lost.
+    return _answered(url, ask) or read_bytes(url) == content
+
+
+def _status(error: Exception) -> object:
+    """The HTTP status behind an error of a backend, if it tells: S3's client does in what caused its `OSError`."""
+    answer = getattr(error.__cause__, "response", None)
+    if isinstance(answer, dict):
+        return answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return getattr(error, "status", getattr(error, "code", None))
+
+
+def _knows_no_exclusive_write(error: Exception) -> bool:
+    """Whether a file system, or the server behind it, refused to write exclusively for want of knowing how."""
+    is_unknown = isinstance(error, OSError) and error.errno == errno.ENOSYS
+    return is_unknown or isinstance(error, NotImplementedError | TypeError) or "ParamValidation" in type(error).__name__
 
 
 def _upload(url: str, fs: fsspec.AbstractFileSystem, path: str, stream: IO[bytes]) -> None:
@@ -302,7 +355,7 @@ def read_npy_header(url: str) -> tuple[np.dtype, tuple[int, ...]]:
         UserError: as `read_npy_rows`.
     """
     with open_read(url) as stream:
-        return _read_header(url, stream)
+        return header_of(url, stream)
 
 
 def read_npy_rows(url: str, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -312,7 +365,7 @@ def read_npy_rows(url: str, start: int = 0, stop: int | None = None) -> np.ndarr
         UserError: the file is missing, is not a plain `.npy` array, or is shorter than its header says.
     """
     with open_read(url) as stream:
-        dtype, shape = _read_header(url, stream)
+        dtype, shape = header_of(url, stream)
         stop = shape[0] if stop is None else min(stop, shape[0])
         start = min(start, stop)
         row_shape = shape[1:]
@@ -336,33 +389,3 @@ def read_npy_rows(url: str, start: int = 0, stop: int | None = None) -> np.ndarr
                 raise UserError(f"{url}: truncated while it was read")
             content[place : place + wanted] = np.frombuffer(piece, np.uint8)
     return array
-
-
-def _read_header(url: str, stream: IO[bytes]) -> tuple[np.dtype, tuple[int, ...]]:
-    """Type and shape of the `.npy` file at whose start ``stream`` is, which is left at the first row."""
-    try:
-        header = _Header(stream)
-        version = npy_format.read_magic(header)
-        if version not in _NPY_VERSIONS:
-            raise ValueError(f"version {version[0]}.{version[1]}")
-        read_header = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
-        shape, fortran_order, dtype = read_header(header)
-    except NPY_HEADER_ERRORS as error:
-        raise UserError(f"{url}: not a .npy file ({first_line(error)})") from error
-    # Python counts True as 1, numpy does not.
-    is_countable = shape and all(type(size) is int and size >= 0 for size in shape) and 0 not in shape[1:]
-    if dtype.kind not in "biufc" or fortran_order or not is_countable:
-        raise UserError(f"{url}: must be a plain C-ordered array of numbers, not {dtype.kind!r} of shape {shape}")
-    return dtype, shape
-
-
-class _Header:
-    """The first bytes of a stream, and no more of it."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream, self._left = stream, NPY_HEADER_BYTES
-
-    def read(self, size: int) -> bytes:
-        content = self._stream.read(min(size, self._left))
-        self._left -= len(content)
-        return content

@@ -6,16 +6,14 @@ arrays that a caller may have mapped from files that several ranks share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 
 import numpy as np
 import pyarrow as pa
 
 from gru4recf_dist.data.shard_format import Manifest, file_url
-from gru4recf_dist.data.tokens import open_tokens
+from gru4recf_dist.data.tokens import TokenFile
 
-# Rows decoded at a time: tokens may be long, and hashing takes 24 bytes for each of theirs.
-_BATCH_ROWS = 1 << 14
 # Any odd number would do; this is 2**64 over the golden ratio.
 _RADIX = np.uint64(0x9E3779B97F4A7C15)
 
@@ -71,19 +69,14 @@ def read_token_index(data: str, manifest: Manifest, allocate: Callable[..., list
         UserError: the file is missing or does not fit the manifest.
     """
 
-    def batches() -> Iterator[pa.LargeStringArray]:
-        # Not by threads: see `open_tokens`.
-        for batch in file.iter_batches(_BATCH_ROWS, columns=["token"], use_threads=False):
-            yield batch.column(0).cast(pa.large_string())
-
     def measure(size: np.ndarray) -> None:
         nonlocal file
-        file = open_tokens(file_url(data, manifest.tokens), manifest.items)
-        size[0] = sum(len(_text(batch)) for batch in batches())
+        file = TokenFile(file_url(data, manifest.tokens), manifest.items)
+        size[0] = sum(len(_text(batch)) for batch in file.batches())
 
     def fill(ends: np.ndarray, text: np.ndarray, hashes: np.ndarray, ids: np.ndarray) -> None:
         place, ends[:2] = 0, 0
-        for batch in batches():
+        for batch in file.batches():
             rows, content = slice(place, place + len(batch)), _text(batch)
             own = _ends(batch)
             text[ends[place + 1] : ends[place + 1] + len(content)] = content

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from data_prep.output_lock import LOCK
+from gru4recf_dist.data import filesystems, storage
+from gru4recf_dist.data.storage_config import StorageConfig
 from tests.s3.test_broken_preparation import ENDS_EARLY
 from tests.support.s3 import BUCKET
 from tests.support.s3_runs import program, write_raw_events, write_recipe
@@ -39,6 +43,18 @@ def local(tmp_path_factory) -> tuple[Path, dict[str, bytes], dict[str, bytes]]:
     return folder / "raw", *found
 
 
+def test_of_several_who_create_a_file_at_once_one_succeeds(s3):
+    options = {"key": s3.key, "secret": s3.secret, "endpoint_url": s3.endpoint}
+    region = {"client_kwargs": {"region_name": "us-east-1"}}
+    filesystems.configure(StorageConfig(options={"s3": {**options, **region}}))
+    for number in range(4):
+        url = f"s3://{BUCKET}/append/locks/{number}"
+        with ThreadPoolExecutor(4) as pool:
+            created = list(pool.map(lambda name, url=url: storage.create(url, name), [b"a", b"b", b"c", b"d"]))
+        assert sum(created) == 1
+        assert storage.read_bytes(url) == b"abcd"[created.index(True) :][:1]
+
+
 @pytest.mark.parametrize("end", ["killed", "failed"])
 def test_the_data_set_stays_and_another_append_gives_what_a_local_one_gives(s3, local, tmp_path, end):
     raw, before, appended = local
@@ -59,6 +75,8 @@ def test_the_data_set_stays_and_another_append_gives_what_a_local_one_gives(s3, 
     if end == "killed":
         assert broken.returncode == -9 and left.keys() > before.keys()
         assert {name: left[name] for name in before} == before
+        # The next one sees that its owner is gone.
+        assert LOCK in left
     else:
         assert (broken.returncode, broken.stderr) == (2, "error: somewhere: no space left\n")
         assert left == before

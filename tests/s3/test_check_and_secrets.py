@@ -21,10 +21,11 @@ def finished(s3, tmp_path_factory) -> list[str]:
     write_raw_events(folder / "raw")
     (folder / "in.jsonl").write_text(json.dumps({"items": ["p3"]}) + "\n")
     s3.files().put(f"{folder}/", f"{BUCKET}/secrets/", recursive=True)
-    write_recipe(folder / "recipe.yaml", f"{BASE}/raw", f"{BASE}/data")
+    recipe = folder / "recipe.yaml"
+    write_recipe(recipe, f"{BASE}/raw", f"{BASE}/data")
     places = (f"data={BASE}/data", f"run_dir={BASE}/run")
     first = [
-        program("-m", "data_prep", "--config", folder / "recipe.yaml", environment=s3.environment),
+        program("-m", "data_prep", "--config", recipe, 'input.files=["event*.csv"]', environment=s3.environment),
         program("train.py", *places, *SHORT, "max_epochs=1", environment=s3.environment),
     ]
     then = (
@@ -77,7 +78,9 @@ def refused(s3, finished, tmp_path_factory) -> dict[tuple[str, str], subprocess.
     for name, (base, given) in wrong.items():
         recipe = folder / f"{name}.yaml".replace(" ", "-")
         write_recipe(recipe, f"{base}/raw", str(folder / "data"))
-        runs["data_prep", name] = ("-m", "data_prep", "--config", recipe), given.environment
+        # A pattern is a request of another kind than a name.
+        pattern = ('input.files=["*.csv"]',) if name == "endpoint" else ()
+        runs["data_prep", name] = ("-m", "data_prep", "--config", recipe, *pattern), given.environment
         # The store says the same of a wrong key as of a wrong secret.
         if name not in ("no bucket", "key"):
             check = ("train.py", "--check", f"data={base}/data", f"run_dir={folder}/run")

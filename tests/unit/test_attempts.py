@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import re
 
+import numpy as np
 import pytest
 
+from data_prep.__main__ import main as prepare_main
 from gru4recf_dist.data import attempts, filesystems, storage
 from gru4recf_dist.data.storage_config import StorageConfig
 from gru4recf_dist.errors import UserError
 from tests.support.http_files import serving
+from tests.support.s3 import free_ports
 
 URL = "s3://bucket/x"
 
@@ -46,14 +49,16 @@ def test_what_fails_for_a_moment_is_asked_for_again(pauses):
     assert (request.calls, len(pauses)) == (6, 5)
 
 
-def test_pauses_double_up_to_a_bound_and_have_a_random_part(pauses):
+def test_pauses_double_up_to_a_bound_and_up_to_half_of_each_is_random(pauses):
     _configure(attempts=9, backoff_seconds=0.5, longest_backoff_seconds=10)
-    with pytest.raises(UserError):
-        attempts.attempted(URL, _Failing(OSError("busy")))
-    base = [0.5, 1, 2, 4, 8, 10, 10, 10]
-    random_parts = [pause - least for pause, least in zip(pauses, base, strict=True)]
-    assert all(0 <= part <= 0.5 for part in random_parts), pauses
-    assert len(set(random_parts)) > 1
+    for _ in range(200):
+        with pytest.raises(UserError):
+            attempts.attempted(URL, _Failing(OSError("busy")))
+    shares = np.reshape(pauses, (200, 8)) / [0.5, 1, 2, 4, 8, 10, 10, 10]
+    assert shares.min() >= 0.5 and shares.max() <= 1
+    # Of every pause, the long ones too: uniform, so within 4 deviations of its mean.
+    assert np.abs(shares.mean(axis=0) - 0.75).max() < 4 * 0.5 / np.sqrt(12 * 200)
+    assert (np.ptp(shares, axis=0) > 0.4).all()
 
 
 def test_giving_up_is_one_line_that_names_file_and_reason(pauses):
@@ -165,6 +170,34 @@ def test_a_stalled_server_is_given_up():
         server.fault = lambda name, earlier: "stall"
         with pytest.raises(UserError, match=r"/x: .*Timeout"):
             storage.read_bytes(f"{server.url}/x")
+
+
+def test_a_listing_by_a_pattern_is_asked_for_again(pauses, monkeypatch):
+    storage.write_bytes("memory://patterns/x.csv", b"content")
+    fs = filesystems.filesystem("memory://")[0]
+    request = _Failing(ConnectionResetError("reset"), times=2)
+    original = type(fs).glob
+    monkeypatch.setattr(type(fs), "glob", lambda fs, path: request() and original(fs, path))
+    assert storage.glob("memory://patterns/*.csv") == ["memory:///patterns/x.csv"]
+    assert (request.calls, len(pauses)) == (3, 2)
+
+
+def test_a_pattern_on_an_endpoint_that_is_not_there_is_one_line_without_it(pauses, tmp_path, capsys):
+    pytest.importorskip("s3fs", reason="needs s3fs: pip install -e '.[dev]'")
+    endpoint = f"http://127.0.0.1:{free_ports(1)[0]}"
+    client = ["key=somebody", "secret=something", f"endpoint_url={endpoint}", "client_kwargs={region_name: us-east-1}"]
+    recipe = [
+        "name=x",
+        "source=s3://bucket/raw",
+        f"output={tmp_path}/data",
+        "input.format=csv",
+        'input.files=["*.csv"]',
+    ]
+    assert prepare_main([*recipe, *(f"storage.options.s3.{each}" for each in client)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: s3://bucket/raw/*.csv: EndpointConnectionError: ") and shown.count("\n") == 1
+    assert "127.0.0.1" not in shown
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_refusing_server_is_not_asked_again():

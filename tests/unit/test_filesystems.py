@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import fsspec
 import pytest
 
+from data_prep import spark_tasks
 from data_prep.recipe import Recipe
 from gru4recf_dist import config as configuration
 from gru4recf_dist import errors, typed_yaml
@@ -20,6 +22,7 @@ from gru4recf_dist.data.storage_config import StorageConfig
 from gru4recf_dist.data.streams import SessionLoader
 from gru4recf_dist.errors import UserError, exits_cleanly, redacted
 from gru4recf_dist.run_description import describe
+from tests.support.http_files import serving
 from tests.support.synthetic import random_sessions, write_dataset
 
 
@@ -145,6 +148,17 @@ def test_loader_workers_hide_secrets_too(monkeypatch, tmp_path, caplog):
     assert f"/***/{shard}: no such file" in caplog.text and "sec-ret" not in caplog.text
 
 
+def test_executors_hide_the_secrets_of_their_own_environment(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://host-of-somebody:9000")
+
+    def fail(batches):
+        raise UserError("s3://b/x: no answer from host-of-somebody:9000")
+
+    with pytest.raises(spark_tasks.TaskError) as caught:
+        list(spark_tasks.writing(fail)(iter([])))
+    assert spark_tasks.user_line(str(caught.value)) == "s3://b/x: no answer from ***"
+
+
 # What a manifest may name
 
 OUTSIDE = [
@@ -167,6 +181,15 @@ OUTSIDE = [
     "exec:touch executed",
     "train/x.tar::zip://y",
     "simplecache::s3://b/x.tar",
+    "train/%2e%2e/%2E%2e/secret.tar",
+    "train/.%2e/x.tar",
+    "..%2fsecret.tar",
+    "..%5csecret.tar",
+    "%2fetc/hostname",
+    "train/%252e%252e/%25252e%25252e/secret.tar",
+    "%2525252525252525252525252e%2e/x",
+    "c%3a/x.tar",
+    "train/x%00.tar",
     "train/x.tar\0.npy",
     "train/x.tar\nerror: ok",
     "train/\x1b[2J.tar",
@@ -187,9 +210,35 @@ def test_a_name_that_leads_outside_is_refused(name):
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("name", ["train/x.tar", "x.tar", "items/features/größe [cm].npy", "a/b/...tar", "~/x.tar"])
+@pytest.mark.parametrize(
+    "name", ["train/x.tar", "x.tar", "items/features/größe [cm].npy", "a/b/...tar", "~/x.tar", "100%/x%41?#"]
+)
 def test_a_name_inside_is_joined(name):
     assert file_url("s3://bucket/data", name) == f"s3://bucket/data/{name}"
+
+
+@pytest.mark.parametrize("name", ["x?y/../x.tar", "train/x.tar?y", "train/x.tar#y", "train/x.tar%3fy", "train/%23"])
+def test_a_name_on_a_web_server_has_no_query(name):
+    with pytest.raises(UserError, match=r"storage\.allow_outside"):
+        file_url("https://host/data", name)
+
+
+@pytest.mark.parametrize("name", ["train/%2e%2e/%2e%2e/secret.tar", "..%2fsecret.tar", "%252e%252e/secret.tar"])
+def test_a_manifest_does_not_lead_out_of_its_folder_on_a_web_server(tmp_path, name):
+    manifest = write_dataset(str(tmp_path), random_sessions(0, 20, 9))
+    content = manifest.model_dump(mode="json")
+    content["splits"]["train"]["shards"][0]["url"] = name
+    with serving() as server:
+        server.files = {
+            f"data/{path.relative_to(tmp_path)}": path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
+        }
+        server.files["secret.tar"] = (tmp_path / manifest.splits["train"].shards[0].url).read_bytes()
+        # As it is, the data set can be read.
+        assert read_manifest(f"{server.url}/data") == manifest
+        server.files["data/manifest.json"] = json.dumps(content).encode()
+        with pytest.raises(UserError, match=r"data/manifest\.json: names .* not a file of this data set"):
+            read_manifest(f"{server.url}/data")
+        assert {name for name, _ in server.requests} == {"data/manifest.json"}
 
 
 @pytest.fixture
@@ -243,7 +292,7 @@ def test_files_outside_are_read_when_the_user_allows_it(tmp_path, manifest, name
         "exec://touch {}/executed",
         "simplecache::file://{}/elsewhere/x.tar",
         "file://{}/elsewhere/x.tar::pipe:touch {}/executed",
-        "github://a:b@c/x",
+        "github://c/x",
         "ftp://127.0.0.1/x",
         "data:,x",
     ],

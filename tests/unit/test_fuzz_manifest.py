@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from urllib.parse import unquote
 
 import pytest
 from hypothesis import given
@@ -29,7 +30,9 @@ JSON = st.recursive(
     | st.integers()
     | st.sampled_from([1 << 63, -1, 10**300, float("inf"), float("nan"), 1e308, 0.5])
     | st.text(max_size=5)
-    | st.sampled_from(["../x.tar", "pipe:ls", "\ud800", "a\nb", "\0"]),
+    | st.sampled_from(
+        ["../x.tar", "%2e%2e/x.tar", "a/..%2F../x.tar", "%252e%2e/x.tar", "pipe:ls", "\ud800", "a\nb", "\0"]
+    ),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
@@ -75,7 +78,9 @@ def test_mutated_manifest(manifest, draw):
         changed = _mutated(changed, draw.draw(st.sampled_from(list(_places(changed)))), draw.draw)
     read = _read_manifest(json.dumps(changed).encode())
     if read is not None:
-        assert all(".." not in name and ":" not in name for name in read.files)
+        for name in read.files:
+            # As a server reads it that unquotes twice.
+            assert not {"..", ":"} & {*unquote(unquote(name)).split("/"), *unquote(unquote(name))}
         read.training_digest.encode()
 
 

@@ -73,6 +73,7 @@ MAY_IMPORT = {
         "gru4recf_dist.data.shard_format",
         "gru4recf_dist.data.storage",
         "gru4recf_dist.data.storage_config",
+        "gru4recf_dist.data.tokens",
         "gru4recf_dist.errors",
         "gru4recf_dist.section",
         "gru4recf_dist.typed_yaml",

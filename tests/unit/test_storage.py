@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import os
+import tempfile
 import uuid
 
 import fsspec
@@ -33,6 +36,48 @@ def test_what_is_written_is_read_and_listed(folder):
     assert storage.list_names(storage.join(folder, "none")) == []
     assert storage.is_folder(storage.join(folder, "a"))
     assert not storage.is_folder(storage.join(folder, "a/two.json"))
+
+
+def test_a_file_is_created_once(folder):
+    url = storage.join(folder, "lock")
+    assert storage.create(url, b"first")
+    assert not storage.create(url, b"second")
+    assert storage.read_bytes(url) == b"first"
+
+
+def test_an_answer_that_was_lost_does_not_make_ones_own_file_anothers():
+    storage.write_bytes("memory://lost/lock", b"ours")
+    assert storage.create("memory://lost/lock", b"ours")
+
+
+@pytest.mark.parametrize(
+    "error", [NotImplementedError(), TypeError("mode"), OSError(errno.ENOSYS, "A header that is not implemented")]
+)
+def test_storage_that_cannot_create_exclusively_is_written_to(monkeypatch, error):
+    fs = filesystems.filesystem("memory://")[0]
+    write = type(fs).pipe_file
+
+    def write_only(fs, path, value, mode="overwrite"):
+        if mode == "create":
+            raise error
+        write(fs, path, value)
+
+    monkeypatch.setattr(type(fs), "pipe_file", write_only)
+    assert storage.create("memory://simple/lock", b"first")
+    assert storage.read_bytes("memory://simple/lock") == b"first"
+
+
+def test_a_file_that_cannot_be_created_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"/none/lock: cannot be written \(No such file or directory\)$"):
+        storage.create(f"{tmp_path}/none/lock", b"x")
+
+
+def test_a_pattern_finds_files_by_name(folder):
+    for name in ("raw/b.csv", "raw/a.csv", "raw/a.txt", "raw/deeper/c.csv"):
+        storage.write_bytes(storage.join(folder, name), name.encode())
+    found = storage.glob(storage.join(folder, "raw/*.csv"))
+    assert [storage.read_bytes(url) for url in found] == [b"raw/a.csv", b"raw/b.csv"]
+    assert storage.glob(storage.join(folder, "none/*.csv")) == []
 
 
 def test_remove_tree_takes_files_and_folders_and_minds_nothing_missing(folder):
@@ -71,6 +116,41 @@ def test_file_appears_only_at_the_end_of_the_block(folder):
         assert not storage.exists(url)
         stream.write(b" and half")
     assert storage.read_bytes(url) == b"half and half"
+
+
+class _FullDisk(tempfile.TemporaryDirectory):
+    """A folder in which the file that is written lies on a full device."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__(**settings)
+        os.symlink("/dev/full", f"{self.name}/content")
+
+
+def test_a_full_temporary_folder_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", _FullDisk)
+    with pytest.raises(UserError) as caught, storage.open_atomic("memory://full/x.bin") as stream:
+        stream.write(bytes(1 << 20))
+    said = f"memory://full/x.bin: cannot be written (TMPDIR {tmp_path}: No space left on device)"
+    assert str(caught.value) == said
+    # What is found out at the end only.
+    with pytest.raises(UserError) as caught, storage.open_atomic("memory://full/x.bin") as stream:
+        stream.write(b"x")
+    assert str(caught.value) == said
+    assert not storage.exists("memory://full/x.bin") and list(tmp_path.iterdir()) == []
+
+
+def test_a_temporary_folder_that_is_gone_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(UserError) as caught, storage.open_atomic("memory://gone/x.bin"):
+        pass
+    said = f"memory://gone/x.bin: cannot be written (TMPDIR {tmp_path}/gone: No such file or directory)"
+    assert str(caught.value) == said
+
+
+def test_an_error_of_the_block_is_not_taken_for_one_of_its_file(folder):
+    with pytest.raises(FileNotFoundError, match="elsewhere"), storage.open_atomic(storage.join(folder, "x.bin")):
+        raise FileNotFoundError(2, "not there", "elsewhere")
 
 
 @pytest.mark.parametrize("read", [storage.read_bytes, storage.read_json, storage.read_npy_rows])

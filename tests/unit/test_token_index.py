@@ -73,13 +73,13 @@ def test_a_file_that_does_not_fit_is_named(tmp_path):
 
 
 def _read(ranks, data: str, tokens: list[str]) -> tuple[dict, list[str], int]:
-    opened, open_tokens = [], token_index.open_tokens
+    opened, open_file = [], token_index.TokenFile
 
     def counted(*arguments):
         opened.append(arguments)
-        return open_tokens(*arguments)
+        return open_file(*arguments)
 
-    token_index.open_tokens = counted
+    token_index.TokenFile = counted
     manifest = _write(f"{data}/{ranks.rank}", tokens)
     index = token_index.read_token_index(f"{data}/{ranks.rank}", manifest, NodeArrays(ranks))
     return index.ids(["b", "none"]), index.tokens(np.array([3, 1])), len(opened)

@@ -1,12 +1,17 @@
 """Recipes: unknown keys, wrong values, and what the shipped ones say."""
 
+import json
+import pickle
 from pathlib import Path
 
 import pytest
 
+from data_prep.prepare import prepare
 from data_prep.recipe import Recipe
 from gru4recf_dist import typed_yaml
-from gru4recf_dist.errors import UserError
+from gru4recf_dist.data import storage
+from gru4recf_dist.errors import UserError, exits_cleanly
+from tests.unit.data_prep.prepared import make, random_rows, run, write_csv
 
 SHIPPED = sorted((Path(__file__).parents[3] / "configs/data").glob("*.yaml"))
 NEEDED = ["name=x", "source=a", "output=b"]
@@ -77,3 +82,58 @@ def test_settings_of_spark_as_keys_or_nested():
     assert typed_yaml.load(Recipe, None, NEEDED + overrides).spark.settings == expected
     given = {"name": "x", "source": "a", "output": "b", "spark": {"settings": expected}}
     assert Recipe.model_validate(given).spark.settings == expected
+
+
+SECRET = "hunter-of-somebody"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        f"spark.settings.spark.hadoop.fs.s3a.secret.key=[{SECRET}]",
+        f"spark.settings={SECRET}",
+        f"spark=[{SECRET}]",
+        f"spark={{settings: {{spark.secret: '{SECRET}",
+        f"spark.settings.spark.secret='${{{SECRET}}}'",
+        f"spark.settings.spark.secret=*{SECRET}",
+        f"storage.options.s3.secret=*{SECRET}",
+        f"storage={SECRET}",
+    ],
+)
+def test_a_wrong_value_of_a_setting_that_may_be_secret_is_not_shown(wrong):
+    with pytest.raises(UserError, match=r"^(spark|storage)") as caught:
+        typed_yaml.load(Recipe, None, [*NEEDED, wrong])
+    assert "somebody" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_secret_of_a_file_that_cannot_be_resolved_is_not_shown():
+    storage.write_bytes("memory://recipes/x.yaml", b"spark: {settings: {spark.a: 8g, spark.b: '${of-somebody}'}}")
+    with pytest.raises(UserError, match=r"^spark.settings.*: cannot be parsed") as caught:
+        typed_yaml.load(Recipe, "memory://recipes/x.yaml", NEEDED)
+    assert "somebody" not in str(caught.value)
+
+
+def test_settings_of_spark_are_written_nowhere_and_not_shown(tmp_path, capsys):
+    secrets = {"spark.hadoop.fs.s3a.secret.key": "secret-of-somebody", "spark.hadoop.fs.s3a.endpoint": "http://store:9"}
+    spark = {"settings": {**secrets, "spark.executor.memory": "8g"}}
+    source = str(write_csv(tmp_path / "raw.csv", random_rows(2)))
+    content = {"source": source, "output": str(tmp_path / "data"), "input": {"format": "csv"}, "spark": spark}
+    content["split"] = {"method": "temporal"}
+    run(content)
+    recipe = make(content)
+    assert recipe.spark.settings["spark.hadoop.fs.s3a.secret.key"] == "secret-of-somebody"
+    # Executors get it this way.
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+    other = str(write_csv(tmp_path / "more.csv", random_rows(3)))
+    prepare(make({**content, "source": other}), append=True)
+    manifest = (tmp_path / "data/manifest.json").read_text()
+    assert json.loads(manifest)["recipe"]["spark"] == {"master": "local[*]"}
+    for text in (manifest, repr(recipe), str(recipe), recipe.model_dump_json()):
+        assert "somebody" not in text and "store:9" not in text
+
+    @exits_cleanly
+    def main() -> None:
+        raise UserError("spark: cannot be started (secret-of-somebody at store:9 with 8g)")
+
+    assert main() == 2
+    assert capsys.readouterr().err == "error: spark: cannot be started (*** at *** with 8g)\n"

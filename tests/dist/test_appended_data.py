@@ -105,7 +105,7 @@ def test_a_data_set_that_did_not_grow_from_the_runs_is_refused_when_it_is_resume
     run_ranks(1, train_until, tmp_path, config, 6)
     shutil.rmtree(tmp_path / "data")
     write_dataset(str(tmp_path / "data"), random_sessions(9, 41, OLD_ITEMS), items=OLD_ITEMS)
-    with pytest.raises(RankFailed, match="is not the data set that the checkpoints in .* were made with"):
+    with pytest.raises(RankFailed, match=r"is not the data set that the checkpoints in .* were made with"):
         run_ranks(1, train, tmp_path, config)
 
 
@@ -118,5 +118,5 @@ def test_the_state_of_a_digest(tmp_path):
     assert new.items == NEW_ITEMS
     for digest in (None, new.training_digest, "1" * 64):
         assert read_manifest(str(tmp_path), digest) == new
-    with pytest.raises(UserError, match="and manifests/0{64}.json, its manifest of then, is gone"):
+    with pytest.raises(UserError, match=r"and manifests/0{64}.json, its manifest of then, is gone"):
         read_manifest(str(tmp_path), "0" * 64)

@@ -39,7 +39,12 @@ CASES = {
     "weighted_sum-groups": (GROUPS, "model.output_table=untied"),
     "parallel": ("model.hidden_size=6", "model.output_bias=true"),
     "parallel-tied": ("model.output_table=tied", GROUPS, "model.score=cosine", "model.learn_temperature=true"),
-    "parallel-sampled": ("model.hidden_size=6", "model.output_bias=true", "loss.name=sampled_softmax", "table.clip=0.1"),
+    "parallel-sampled": (
+        "model.hidden_size=6",
+        "model.output_bias=true",
+        "loss.name=sampled_softmax",
+        "table.clip=0.1",
+    ),
     "shared_w": ("model.hidden_size=6",),
     "shared_w-tied": ("model.output_table=tied", "model.temperature=0.5", GROUPS),
     "interaction": ("model.hidden_size=6", "model.output_bias=true"),
@@ -177,7 +182,7 @@ def test_every_architecture_makes_the_updates_of_a_plain_torch_model(tmp_path, d
                 assert all(result[name][2][place].tolist() == best for result in results), name
 
 
-# -- sampled, in windows, in micro-batches, under the other engine ------------------------------------------------------
+# -- sampled, in windows, in micro-batches, under the other engine -----------------------------------------------------
 
 SAMPLED = {
     "feature_only": ("loss.in_batch=20", "model.output_bias=true"),
@@ -191,7 +196,15 @@ SAMPLED = {
 def _sampled_runs(world: int, data, folder, *extra: str) -> dict[str, tuple[dict, list[float]]]:
     """Of each, the end and the losses."""
     configs = {
-        name: small_config(data, folder / name, f"model.fusion={name}", "max_steps=8", "checkpoint.every_epochs=null", *settings, *extra)
+        name: small_config(
+            data,
+            folder / name,
+            f"model.fusion={name}",
+            "max_steps=8",
+            "checkpoint.every_epochs=null",
+            *settings,
+            *extra,
+        )
         for name, settings in SAMPLED.items()
     }
     states = run_ranks(world, _end_of_each, folder, configs)
@@ -246,7 +259,7 @@ def test_deepspeed_makes_ddps_updates_of_parallel_and_weighted_subnets(tmp_path,
                 assert relative_error(other[key], tensor) < 1e-5, (fusion, key)
 
 
-# -- checkpoints of before there were several tables --------------------------------------------------------------------
+# -- checkpoints of before there were several tables -------------------------------------------------------------------
 
 
 def test_a_checkpoint_of_before_there_were_several_tables_goes_on(tmp_path, data):
@@ -259,7 +272,15 @@ def test_a_checkpoint_of_before_there_were_several_tables_goes_on(tmp_path, data
     del commit["state"]["present_subnets"], commit["state"]["progress"]["epoch"]
     write_commit(str(tmp_path / "old/checkpoints"), 4, commit)
     recipe = (tmp_path / "old/config.yaml").read_text().splitlines()
-    new = ("fusion_weights", "feature_groups", "output_table", "output_bias", "dropout_output", "strategy", "epochs_per")
+    new = (
+        "fusion_weights",
+        "feature_groups",
+        "output_table",
+        "output_bias",
+        "dropout_output",
+        "strategy",
+        "epochs_per",
+    )
     kept = [line for line in recipe if not line.startswith("training:") and not line.strip().startswith(new)]
     assert len(kept) == len(recipe) - len(new) - 1
     (tmp_path / "old/config.yaml").write_text("\n".join(kept))

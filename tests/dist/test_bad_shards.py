@@ -119,7 +119,9 @@ def test_the_order_of_all_other_sessions_stays(good, bad, world):
 
 @pytest.fixture(scope="module")
 def two_ranks(bad, tmp_path_factory):
-    return run(2, tmp_path_factory.mktemp("two"), bad, "run", "monitoring.tensorboard=true", "evaluation.every_epochs=1")
+    return run(
+        2, tmp_path_factory.mktemp("two"), bad, "run", "monitoring.tensorboard=true", "evaluation.every_epochs=1"
+    )
 
 
 def test_lost_sessions_are_counted_everywhere_a_person_looks(good, two_ranks):

@@ -79,9 +79,7 @@ def test_the_run_ends_before_the_update_names_what_broke_and_keeps_the_batch(tmp
 
 def test_skipping_goes_on_without_the_batch_on_every_rank(tmp_path, data):  # noqa: F811
     broken = {2: "gradient", 3: "loss", 7: "gradient"}
-    config = small_config(
-        data, tmp_path / "run", "non_finite.policy=skip", "non_finite.max_skips=2", "max_steps=9"
-    )
+    config = small_config(data, tmp_path / "run", "non_finite.policy=skip", "non_finite.max_skips=2", "max_steps=9")
     results = run_ranks(2, with_broken_steps, tmp_path, config, broken)
     for result in results:
         assert "error" not in result and (result["step"], result["skipped"]) == (9, 3)

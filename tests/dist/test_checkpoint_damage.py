@@ -7,8 +7,8 @@ import json
 import logging
 import os
 import resource
-import signal
 import shutil
+import signal
 import threading
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, data):
-    """Run folder of two ranks that ended after step 7, with checkpoints of steps 4 and 6; and the unbroken run's end."""
+    """Run folder of two ranks ended after step 7, with checkpoints of steps 4 and 6, and the unbroken run's end."""
     folder = tmp_path_factory.mktemp("killed")
     unbroken = run_ranks(2, train, folder, small_config(data, folder / "unbroken", *EVERY_TWO, "max_steps=9"))
     run_ranks(2, train_until, folder, small_config(data, folder / "run", *EVERY_TWO, "max_steps=9"), 7)
@@ -141,7 +141,7 @@ def test_without_any_undamaged_checkpoint_there_is_one_error(tmp_path, data, kil
     for path in (folder / "checkpoints").glob("*/__0_0.distcp"):
         flip(path)
     config = small_config(data, folder, *EVERY_TWO, "max_steps=9")
-    with pytest.raises(RankFailed, match="UserError: .*checkpoints: every checkpoint is damaged"):
+    with pytest.raises(RankFailed, match=r"UserError: .*checkpoints: every checkpoint is damaged"):
         run_ranks(2, train, tmp_path, config)
     # Nothing was removed: a person may want to look.
     assert complete_steps(str(folder / "checkpoints")) == [4, 6]
@@ -263,7 +263,7 @@ def test_time_and_size_of_every_checkpoint_are_logged(killed):
     folder = killed[0].parent / "unbroken/checkpoints/step-00000009"
     written = sum(path.stat().st_size for path in folder.iterdir() if path.name != "commit.json")
     assert figures[9]["checkpoint/gib"] * 2**30 == pytest.approx(written)
-    assert all(0 < line["checkpoint/wait_seconds"] for line in figures.values())
+    assert all(line["checkpoint/wait_seconds"] > 0 for line in figures.values())
 
 
 def _die_while_writing(ranks: Ranks, config: Config, step: int) -> None:

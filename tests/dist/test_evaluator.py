@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,20 +14,17 @@ from gru4recf_dist.data.shard_format import read_manifest
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.evaluation import ranking
 from gru4recf_dist.evaluation.evaluator import Evaluator
-from gru4recf_dist.evaluation.ranking import count_above, count_seen_above
 from gru4recf_dist.model.features import FeatureSpec
 from gru4recf_dist.model.gru4recf import ITEM_SEQ, ITEM_SEQ_LEN, GRU4RecF
-from gru4recf_dist.model.scoring import exact_scores
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.table.candidates import CandidatePart, Candidates
 from gru4recf_dist.table.item_table import ShardedItemTable
 from gru4recf_dist.table.negatives import read_popularity
 from gru4recf_dist.table.partition import route
 from gru4recf_dist.table.table_group import TableGroup
+from tests.support.exact_ranks import ITEMS, D, make_queries, make_rows, reference_rank, reference_scores
 from tests.support.ranks import run_ranks
 from tests.support.synthetic import write_dataset
-
-from tests.support.exact_ranks import ATOM, D, ITEMS, make_queries, make_rows, reference_rank, reference_scores
 
 pytestmark = pytest.mark.dist
 TILES = [1, 7, 64, 10000]

@@ -251,11 +251,20 @@ def weights(ranks: Ranks, config: Config) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.event_features=[colour]", "model.event_features: the data set has no event feature 'colour' (it has: type"),
-        ("model.feature_sizes={colour: 3}", "model.feature_sizes: the data set has no feature 'colour' (it has: category"),
+        (
+            "model.event_features=[colour]",
+            "model.event_features: the data set has no event feature 'colour' (it has: type",
+        ),
+        (
+            "model.feature_sizes={colour: 3}",
+            "model.feature_sizes: the data set has no feature 'colour' (it has: category",
+        ),
         ("model.feature_pooling={price: max}", "model.feature_pooling: the data set has no token_seq feature 'price'"),
         ("model.feature_sizes={type: 0}", "model.feature_sizes.type: input should be greater than 0"),
-        ("model.event_input=features model.fusion=item_only", "model.event_input: features have no RNN with model.fusion=item_only"),
+        (
+            "model.event_input=features model.fusion=item_only",
+            "model.event_input: features have no RNN with model.fusion=item_only",
+        ),
     ],
 )
 def test_check_finds_what_does_not_fit(tmp_path, data, capsys, override, message):

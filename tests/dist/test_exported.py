@@ -34,7 +34,13 @@ CASES = {
     "concat_output": ("model.output_table=untied", "model.output_bias=true"),
     "concat_output-groups": (GROUPS, "model.score=cosine", "model.learn_temperature=true"),
     "weighted_sum": ("model.hidden_size=6", "model.event_input=items"),
-    "parallel": (GROUPS, "model.hidden_size=6", "model.output_bias=true", "model.score=cosine", "model.temperature=0.2"),
+    "parallel": (
+        GROUPS,
+        "model.hidden_size=6",
+        "model.output_bias=true",
+        "model.score=cosine",
+        "model.temperature=0.2",
+    ),
     "parallel-tied": ("model.output_table=tied", "model.event_features=[]"),
     "parallel-residual": RESIDUAL,
     "shared_w": ("model.hidden_size=6", "model.feature_pooling={tags: max}"),
@@ -184,7 +190,7 @@ def test_what_is_wrong_with_a_folder_is_one_line(runs, tmp_path, capsys):
     for wrong in ("item-1", {"events": {}}, 5):
         with pytest.raises(UserError, match="session 1: must be a list of tokens, or a dictionary"):
             model.scores([["item-1"], wrong])
-    with pytest.raises(UserError, match="session 0: events.colour: no such event feature"):
+    with pytest.raises(UserError, match=r"session 0: events.colour: no such event feature"):
         model.scores([{"items": ["item-1"], "events": {"colour": ["red"]}}])
     weights = (folder / "weights.pt").read_bytes()
     (folder / "weights.pt").write_bytes(weights[:1000])

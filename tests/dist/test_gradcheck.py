@@ -66,8 +66,8 @@ def check(ranks: Ranks, case: str) -> bool:
     for checked in range(ranks.world):
         if ranks.rank == checked:
 
-            def tell(what: int) -> None:
-                dist.broadcast(torch.tensor(what), src=checked, group=ranks.host)
+            def tell(what: int, source: int = checked) -> None:
+                dist.broadcast(torch.tensor(what), src=source, group=ranks.host)
 
             def told(value, tell=tell):
                 tell(FORWARD)

@@ -74,7 +74,9 @@ def _train_and_count(ranks, config) -> tuple[list[list[int]], list[np.ndarray]]:
 def _workload(config, world: int) -> Workload:
     manifest = read_manifest(config.data)
     train_split = manifest.splits["train"]
-    features = [ItemFeature(spec, manifest.feature(spec.name).longest) for spec in feature_specs(config.model, manifest)]
+    features = [
+        ItemFeature(spec, manifest.feature(spec.name).longest) for spec in feature_specs(config.model, manifest)
+    ]
     counts = read_popularity(config.data, manifest)
     events = train_split.events / train_split.sessions
     return Workload(config, ITEMS, world, events, tuple(features), popularity.of_counts(counts[1:]))
@@ -112,7 +114,9 @@ def test_bytes_on_the_wire_are_those_of_a_run(tmp_path, data, world, loss):
     steps = [line for line in lines if "train/lr" in line]
     assert len(steps) == STEPS
     names = {name for name in steps[0] if name.startswith("perf/wire/") and name.endswith("_bytes")}
-    found = {name[len("perf/wire/") : -len("_bytes")]: np.mean([line[name] for line in steps]) / world for name in names}
+    found = {
+        name[len("perf/wire/") : -len("_bytes")]: np.mean([line[name] for line in steps]) / world for name in names
+    }
 
     workload = _workload(config, world)
     measured = _measured(workload, seen, results[0][1])

@@ -1,4 +1,4 @@
-"""`schedule.name: plateau`: the rates drop when validation stands still, in a resumed run just as in an unbroken one."""
+"""`schedule.name: plateau`: the rates drop when validation stands still, in a resumed run as in an unbroken one."""
 
 from __future__ import annotations
 

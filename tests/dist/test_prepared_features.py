@@ -56,7 +56,9 @@ def data(tmp_path_factory, raw) -> str:
     }
     pq.write_table(pa.table(table), folder / "items.parquet")
     texts = {item: values["text"] for item, values in raw.items() if values["text"] is not None}
-    write_csv(folder / "texts.csv", [(i, "|".join(map(repr, v.tolist()))) for i, v in texts.items()], "item_id,embedding")
+    write_csv(
+        folder / "texts.csv", [(i, "|".join(map(repr, v.tolist()))) for i, v in texts.items()], "item_id,embedding"
+    )
     arrays = {item: values["array"] for item, values in raw.items() if values["array"] is not None}
     np.save(folder / "array.npy", np.stack(list(arrays.values())))
     (folder / "rows.txt").write_text("\n".join(arrays))

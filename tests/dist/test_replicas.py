@@ -18,7 +18,7 @@ pytestmark = pytest.mark.dist
 
 
 def drift(ranks: Ranks, config: Config, broken: int) -> tuple[str, int]:
-    """Train with the last bit of one weight turned over on one rank after step 3: the error, and the step it came at."""
+    """Train with the last bit of one weight turned over on one rank after step 3: the error, and the step of it."""
     trainer = Trainer(config, ranks)
     update = trainer.update
 

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from gru4recf_dist.checkpoint_commits import best_step, complete_steps, read_commit
 from gru4recf_dist import stopping
+from gru4recf_dist.checkpoint_commits import best_step, complete_steps, read_commit
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import storage
 from gru4recf_dist.errors import UserError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -100,16 +101,22 @@ def test_what_is_frozen_keeps_every_bit_and_is_not_sent(tmp_path, data):  # noqa
     results = run_ranks(2, train_and_watch, tmp_path, configs)
     for name, config in configs.items():
         states = [whole(list(parts)) for parts in zip(*(result[name][0] for result in results), strict=True)]
-        names = ["item", "feature"] if config.model.feature_groups is None else ["item", *(f"feature_{i}" for i in range(3))]
+        names = (
+            ["item", "feature"]
+            if config.model.feature_groups is None
+            else ["item", *(f"feature_{i}" for i in range(3))]
+        )
         lines = [line for line in logged_lines(tmp_path / name) if "train/lr" in line]
-        for step, (before, after) in enumerate(zip(states, states[1:], strict=False)):
+        for step, (before, after) in enumerate(itertools.pairwise(states)):
             turn = expected_turn(name, step, names)
             if name == "residual":
                 turn = names[min(step // EPOCH, 3)]
             for key, tensor in after.items():
                 is_trained = owner(key) in (turn, None)
                 assert torch.equal(tensor, before[key]) != is_trained, (name, step, key)
-            trained = [tensor for key, tensor in after.items() if key.startswith("encoder.") and owner(key) in (turn, None)]
+            trained = [
+                tensor for key, tensor in after.items() if key.startswith("encoder.") and owner(key) in (turn, None)
+            ]
             size = sum(tensor.nbytes for tensor in trained)
             assert [result[name][1][step] for result in results] == [size] * 2, (name, step)
             # Two ranks each send as much as there is to reduce.
@@ -275,7 +282,7 @@ def test_every_strategy_makes_the_updates_of_a_plain_torch_model(tmp_path, data,
             assert relative_error(state[key], tensor) < 1e-9, (name, key)
 
 
-# -- a run that ends before all subnets have come in --------------------------------------------------------------------
+# -- a run that ends before all subnets have come in -------------------------------------------------------------------
 
 
 def train_and_evaluate(ranks: Ranks, config: Config) -> tuple[set[str], dict, dict]:

@@ -96,9 +96,7 @@ def test_old_rows_are_kept_to_the_bit_and_new_ones_are_fresh(tmp_path, items, sa
     ((_, _, fresh),) = run_ranks(1, start, tmp_path, small_config(tmp_path / "new", tmp_path / "fresh", *extra))
 
     for world in worlds:
-        config = small_config(
-            tmp_path / "new", tmp_path / f"on-{world}", f"init_from={tmp_path / 'run'}", *extra, *now
-        )
+        config = small_config(tmp_path / "new", tmp_path / f"on-{world}", f"init_from={tmp_path / 'run'}", *extra, *now)
         results = run_ranks(world, start, tmp_path, config)
         assert [(step, table_steps) for step, table_steps, _ in results] == [(0, 7)] * world
         state = whole([state for _, _, state in results])
@@ -127,7 +125,9 @@ GROUPED = (
 
 def test_output_tables_and_grouped_vocabularies_grow_too(tmp_path):
     write_both(tmp_path, 30, 47)
-    old = whole(run_ranks(2, train, tmp_path, small_config(tmp_path / "old", tmp_path / "run", "max_steps=7", *GROUPED)))
+    old = whole(
+        run_ranks(2, train, tmp_path, small_config(tmp_path / "old", tmp_path / "run", "max_steps=7", *GROUPED))
+    )
     ((_, _, fresh),) = run_ranks(1, start, tmp_path, small_config(tmp_path / "new", tmp_path / "fresh", *GROUPED))
     config = small_config(tmp_path / "new", tmp_path / "warm", f"init_from={tmp_path / 'run'}", *GROUPED)
     results = run_ranks(3, start, tmp_path, config)
@@ -253,7 +253,7 @@ def test_a_vocabulary_that_shrank_and_a_vector_of_another_size_are_refused(tmp_p
 def test_a_data_set_that_did_not_grow_from_the_old_one_is_refused_on_every_rank(tmp_path, data):
     write_grown(tmp_path / "other", random_sessions(0, 57, 47), 47, NEW_SIZES, ["0" * 64])
     config = small_config(tmp_path / "other", tmp_path / "warm", f"init_from={data / 'run'}")
-    with pytest.raises(RankFailed, match="UserError: init_from: .* was not made from by appending"):
+    with pytest.raises(RankFailed, match=r"UserError: init_from: .* was not made from by appending"):
         run_ranks(2, start, tmp_path, config)
 
 

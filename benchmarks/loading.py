@@ -1,6 +1,6 @@
 """Local shards to packed batches in one process, beside plain reading and other loaders.
 
-python -m benchmarks.loading [--events 6000000] [--peer-events 250000] [--rounds 5] [data=DATA]
+python -m benchmarks.loading [--events 6000000] [--peer-events 250000] [--rounds 5] [--alone] [data=DATA]
 
 Rates are events a second of one thread, the median of rounds in which all take turns. The peers (in an environment of
 their own, `.venv-peers`) read the first sessions of the same data set: padded batches, sessions shuffled.
@@ -48,17 +48,20 @@ def main() -> None:
         contenders = {"plain read() of the same bytes": lambda: _plain_read(data, manifest)}
         for size in sizes:
             contenders[f"this project, {size} sessions a batch"] = lambda size=size: _ours(data, manifest, size)
-        _write_peer_sessions(data, manifest, folder, arguments.peer_events)
-        with PeerLoaders(folder, PEER_BATCH_SIZE) as peers:
-            for name in peers.names:
-                title = f"{PEER_TITLES[name]}, {PEER_BATCH_SIZE} a batch"
-                contenders[title] = lambda name=name: peers.rate(name)
+        if arguments.alone:
             rates = interleaved(contenders, arguments.rounds)
-    slowest = next(rate for title, rate in rates.items() if title.startswith(PEER_TITLES["webdataset"]))
+        else:
+            _write_peer_sessions(data, manifest, folder, arguments.peer_events)
+            with PeerLoaders(folder, PEER_BATCH_SIZE) as peers:
+                for name in peers.names:
+                    title = f"{PEER_TITLES[name]}, {PEER_BATCH_SIZE} a batch"
+                    contenders[title] = lambda name=name: peers.rate(name)
+                rates = interleaved(contenders, arguments.rounds)
+    slowest = next((rate for title, rate in rates.items() if title.startswith(PEER_TITLES["webdataset"])), None)
     reading = next(iter(rates.values()))
-    lines = [["", "events/s", "of plain read()", "x WebDataset"]]
+    lines = [["", "events/s", "of plain read()", *(["x WebDataset"] if slowest else [])]]
     lines += [
-        [title, f"{rate:,.0f}", f"{100 * rate / reading:.2f} %", f"{rate / slowest:.1f}"]
+        [title, f"{rate:,.0f}", f"{100 * rate / reading:.2f} %", *([f"{rate / slowest:.1f}"] if slowest else [])]
         for title, rate in rates.items()
     ]
     streams = f"{manifest.splits['train'].sessions:,} sessions in {manifest.streams} streams"
@@ -72,6 +75,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--events", type=int, default=6_000_000, help="of the synthetic data set")
     parser.add_argument("--peer-events", type=int, default=250_000, help="what the peers read of it")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--alone", action="store_true", help="without the peers, which need an environment of their own"
+    )
     parser.add_argument("data", nargs="?", metavar="data=DATA", help="a prepared data set in place of a synthetic one")
     arguments = parser.parse_args()
     if arguments.data is not None:

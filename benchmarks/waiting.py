@@ -1,17 +1,20 @@
 """The share of the training step that is spent waiting for data, as the trainer logs it (`data/wait_share`).
 
-python -m benchmarks.waiting data=URL [--source DATA --events 10000000] [--config configs/beauty.yaml] [--ranks 1]
-    [--steps 2400] [--skip 300] [key=value ...]
+python -m benchmarks.waiting (data=URL | --s3) [--source DATA --events 10000000] [--config configs/beauty.yaml]
+    [--ranks 1] [--steps 2400] [--skip 300] [key=value ...]
 
 With `--source`, a prepared data set, the one at `data=` (any fsspec URL, an S3 server's for example) is made first, if
 it is not there: the same streams, the training sessions repeated until there are `--events` events. Put the server's
-address and credentials into the environment, as for training.
+address and credentials into the environment, as for training. With `--s3` a server of its own, SeaweedFS, is started on
+this machine, and ends with the benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -29,6 +32,23 @@ from gru4recf_dist.errors import UserError, exits_cleanly
 def main() -> None:
     """Print the table."""
     arguments = _parse()
+    with contextlib.ExitStack() as until_end:
+        if arguments.s3:
+            arguments.overrides.append(f"data={_own_server(until_end)}")
+        _measure(arguments)
+
+
+def _own_server(until_end: contextlib.ExitStack) -> str:
+    """Start an S3 server, which this process and those that it starts find in the environment; a place on it."""
+    try:
+        from tests.support.s3 import BUCKET, running_server
+    except ImportError as error:
+        raise UserError("--s3 needs the packages of the tests: pip install -e '.[dev]'") from error
+    os.environ.update(until_end.enter_context(running_server()).environment)
+    return f"s3://{BUCKET}/waiting"
+
+
+def _measure(arguments: argparse.Namespace) -> None:
     config = configuration.load(arguments.config, arguments.overrides)
     data = config.data
     if arguments.source and not storage.exists(storage.join(data, MANIFEST)):
@@ -64,13 +84,17 @@ def _parse() -> argparse.Namespace:
         prog="benchmarks.waiting", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", default="configs/beauty.yaml")
+    parser.add_argument("--s3", action="store_true", help="on an S3 server that is started for it; needs --source")
     parser.add_argument("--source", metavar="DATA", help="a prepared data set whose sessions are repeated")
     parser.add_argument("--events", type=int, default=10_000_000, help="training events of the repeated data set")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--skip", type=int, default=300, help="first steps that do not count")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    if arguments.s3 and not arguments.source:
+        raise UserError("--s3 needs --source: there is nothing on a server that is started now")
+    return arguments
 
 
 def _train(arguments: argparse.Namespace, run_dir: str) -> list[dict]:

@@ -62,7 +62,7 @@ class ShardInfo(_Strict):
 
 
 class SplitInfo(_Strict):
-    """``targets``: events to be predicted: one a session under `leave_one_out`, otherwise all but each first."""
+    """``targets``: events to be predicted: one a held-out session under `leave_one_out`, else all but each first."""
 
     sessions: int
     events: int
@@ -164,8 +164,12 @@ class Manifest(_Strict):
                 # A number and a length for each session, an id and 4 bytes a feature for each event: as many as the
                 # file has room for.
                 of_event = 4 + 4 * len(self.event_features)
-                if 12 * shard.sessions + of_event * shard.events > shard.bytes or shard.targets > shard.events:
+                if 12 * shard.sessions + of_event * shard.events > shard.bytes:
                     raise ValueError(f"{shard.url!r}: {shard.bytes} bytes cannot hold what it should")
+                last_only = self.protocol == "leave_one_out" and name != "train"
+                targets = shard.sessions if last_only else shard.events - shard.sessions
+                if shard.targets != targets:
+                    raise ValueError(f"{shard.url!r}: has {targets} targets, not {shard.targets}")
             for count in ("sessions", "events", "targets"):
                 if getattr(split, count) != sum(getattr(shard, count) for shard in split.shards):
                     raise ValueError(f"splits.{name}.{count} is not the sum over its shards")

@@ -28,8 +28,12 @@ pytestmark = pytest.mark.e2e
             ],
             ["ddp ", "ddp, bf16"],
         ),
+        (
+            ["benchmarks.waiting", "--steps=8", "--skip=2", "loader.shuffle_window=2"],
+            ["share of waiting", "events/s"],
+        ),
     ],
-    ids=["overview", "engines"],
+    ids=["overview", "engines", "waiting"],
 )
 def test_a_benchmark_prints_its_table(tmp_path, arguments, rows):
     data = tmp_path / "data"
@@ -79,12 +83,17 @@ def test_a_benchmark_prints_its_table(tmp_path, arguments, rows):
             ],
             ["few negatives      1"],
         ),
+        (
+            ["benchmarks.loading", "--events=3000", "--rounds=1", "--alone"],
+            ["plain read()", "this project, 128 sessions a batch"],
+        ),
+        (["benchmarks.preparation", "--events=3000", "threads=1"], ["end to end", "processor time"]),
         (["benchmarks.full_sort", "--items=300", "--sessions", "30", "60", "--dim=4"], ["30 ", "60 "]),
     ],
-    ids=["kernels", "bias", "torchrec", "catalog", "plan", "full_sort"],
+    ids=["kernels", "bias", "torchrec", "catalog", "plan", "loading", "preparation", "full_sort"],
 )
 def test_a_benchmark_without_a_data_set_prints_its_table(tmp_path, arguments, rows):
-    output = ["--output", tmp_path / "out.json"] if "--alone" in arguments else []
+    output = ["--output", tmp_path / "out.json"] if "benchmarks.torchrec" in arguments else []
     done = program("-m", *arguments, *output)
     assert done.returncode == 0, done.stderr
     for row in rows:

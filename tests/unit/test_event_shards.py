@@ -153,8 +153,10 @@ def test_a_manifest_may_not_promise_more_event_values_than_its_shards_have_room_
     content = json.loads((tmp_path / MANIFEST).read_text())
     for events, fits in ((most, True), (most + 1, False)):
         split = content["splits"]["train"]
-        split["events"] += events - split["shards"][0]["events"]
-        split["shards"][0]["events"] = events
+        more = events - split["shards"][0]["events"]
+        for counts in (split, split["shards"][0]):
+            counts["events"] += more
+            counts["targets"] += more
         (tmp_path / MANIFEST).write_text(json.dumps(content))
         if fits:
             read_manifest(str(tmp_path))

@@ -18,7 +18,7 @@ from gru4recf_dist.errors import UserError
 
 
 def _manifest() -> Manifest:
-    shard = ShardInfo(url="train/s.tar", stream=0, sessions=12, events=90, targets=1, bytes=10240, sha256="0" * 64)
+    shard = ShardInfo(url="train/s.tar", stream=0, sessions=12, events=90, targets=78, bytes=10240, sha256="0" * 64)
     split = SplitInfo(sessions=shard.sessions, events=shard.events, targets=shard.targets, shards=[shard])
     empty = SplitInfo(sessions=0, events=0, targets=0, shards=[])
     return Manifest(
@@ -48,6 +48,33 @@ def _manifest_error(data: str, content: object) -> str:
     assert text.startswith(url)
     assert "\n" not in text
     return text
+
+
+@pytest.mark.parametrize(
+    ("protocol", "split", "targets"),
+    [
+        ("leave_one_out", "train", 78),
+        ("leave_one_out", "valid", 12),
+        ("leave_one_out", "test", 12),
+        ("every_position", "train", 78),
+        ("every_position", "test", 78),
+    ],
+)
+def test_targets_follow_from_events_and_sessions(memory, protocol, split, targets):
+    content = _manifest().model_dump(mode="json")
+    filled = content["splits"]["train"]
+    content["splits"] = {name: filled if name == split else content["splits"]["test"] for name in content["splits"]}
+    content["protocol"] = protocol
+
+    def with_targets(count: int) -> dict:
+        filled["targets"] = filled["shards"][0]["targets"] = count
+        return content
+
+    for wrong in (0, targets - 1, targets + 1, 90):
+        says = f"'train/s.tar': has {targets} targets, not {wrong}"
+        assert _manifest_error(memory, with_targets(wrong)).endswith(says)
+    storage.write_json(storage.join(memory, MANIFEST), with_targets(targets))
+    assert read_manifest(memory).splits[split].targets == targets
 
 
 def test_missing_manifest_is_named(data):

@@ -41,7 +41,8 @@ def main(command: list[str]) -> int:
     stop_file = folder / "stop"
     if os.environ.pop("STOP_WISHED", None):
         # By a signal to the script that has become this process.
-        stop_file.touch()
+        with contextlib.suppress(OSError):
+            stop_file.touch()
         arrived.put((signal.SIGTERM, time.monotonic()))
     # The second variable is torchrun's --signals-to-handle, which would include SIGTERM.
     environment = {"STOP_FILE": str(stop_file), "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT"}

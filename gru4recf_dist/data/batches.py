@@ -92,11 +92,12 @@ def cut_windows(lengths: np.ndarray, max_length: int, context: int) -> Windows:
     )
 
 
-def packed_positions(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def packed_positions(lengths: np.ndarray, within: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Where each event of consecutive sequences goes in the packed layout.
 
     Args:
         lengths: int64 [n], at least 1 each.
+        within: ``ragged_arange(lengths)``, where it is there already.
 
     Returns:
         position int64 [sum of lengths] and batch_sizes int64 [longest].
@@ -106,7 +107,7 @@ def packed_positions(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rank[order] = np.arange(len(order))
     batch_sizes = len(lengths) - np.cumsum(np.bincount(lengths))[:-1]
     offsets = np.cumsum(batch_sizes) - batch_sizes
-    return offsets[ragged_arange(lengths)] + np.repeat(rank, lengths), batch_sizes
+    return offsets[ragged_arange(lengths) if within is None else within] + np.repeat(rank, lengths), batch_sizes
 
 
 def _placed_features(
@@ -148,9 +149,10 @@ def pack_training(
         one, dummy = torch.ones(1, dtype=torch.int64), _dummy_features(event_features)
         return PackedBatch(padding, padding, torch.zeros(1), one, 0, 0, 0, lost, dummy)
     first = np.cumsum(block.lengths, dtype=np.int64) - block.lengths
-    source = ragged_indices(first[windows.session] + windows.start, windows.length)
-    counted = ragged_arange(windows.length) >= np.repeat(windows.context, windows.length)
-    position, batch_sizes = packed_positions(windows.length)
+    within = ragged_arange(windows.length)
+    source = np.repeat(first[windows.session] + windows.start, windows.length) + within
+    counted = within >= np.repeat(windows.context, windows.length)
+    position, batch_sizes = packed_positions(windows.length, within)
     items = np.empty(len(source), np.int64)
     targets = np.empty(len(source), np.int64)
     weights = np.empty(len(source), np.float32)
@@ -202,9 +204,10 @@ def pack_queries(
         seen = SeenItems(empty, empty, empty)
         return QueryBatch(padding, one, empty, empty, seen, _dummy_features(event_features))
     first = np.cumsum(lengths) - lengths
-    source = ragged_indices(first[windows.session] + windows.start, windows.length)
-    asked = ragged_arange(windows.length) >= np.repeat(windows.context, windows.length)
-    position, batch_sizes = packed_positions(windows.length)
+    within = ragged_arange(windows.length)
+    source = np.repeat(first[windows.session] + windows.start, windows.length) + within
+    asked = within >= np.repeat(windows.context, windows.length)
+    position, batch_sizes = packed_positions(windows.length, within)
     items = np.empty(len(source), np.int64)
     items[position] = block.items[source]
     last = source[asked]

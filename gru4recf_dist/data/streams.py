@@ -146,7 +146,7 @@ class _StreamParts(IterableDataset):
 
     def __init__(self, loader: SessionLoader) -> None:
         self.data, self.shards, self.config = loader.data, loader.shards, loader.config
-        self.seed, self.epoch, self.positions = loader.seed, loader.epoch, list(loader.positions)
+        self.seed, self.epoch, self.positions = loader.seed, loader.epoch, loader.positions
         self.rank, self.world = loader.rank, loader.world
         self.per_stream = loader.batch_size // len(self.shards)
         self.steps = loader.steps_left
@@ -212,7 +212,13 @@ class SessionLoader:
         if not any(self.sizes):
             raise UserError(f"{data}: the data set has no training session")
         self.epoch = 0
-        self.positions = [0] * manifest.streams
+        # Sessions taken of each stream, and how many each has: as arrays, since every step counts them all.
+        self._taken, self._sizes = np.zeros(manifest.streams, np.int64), np.array(self.sizes, np.int64)
+
+    @property
+    def positions(self) -> list[int]:
+        """Sessions of each stream that were handed over in the current epoch."""
+        return self._taken.tolist()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -257,11 +263,9 @@ class SessionLoader:
     def _advance(self) -> None:
         """One batch was handed over; after an epoch's last the next epoch is current."""
         per_stream = self.batch_size // len(self.sizes)
-        self.positions = [
-            min(position + per_stream, size) for position, size in zip(self.positions, self.sizes, strict=True)
-        ]
-        if self.steps_left == 0:
-            self.epoch, self.positions = self.epoch + 1, [0] * len(self.sizes)
+        self._taken = np.minimum(self._taken + per_stream, self._sizes)
+        if np.array_equal(self._taken, self._sizes):
+            self.epoch, self._taken = self.epoch + 1, np.zeros_like(self._sizes)
 
     def _parts(self) -> Generator[Block]:
         parts, steps = _StreamParts(self), self.steps_left
@@ -276,7 +280,7 @@ class SessionLoader:
                 yield columns.concatenate([_unwrap(next(loaded)) for _ in range(workers)])
 
     def state_dict(self) -> dict:
-        return {"epoch": self.epoch, "positions": list(self.positions)}
+        return {"epoch": self.epoch, "positions": self.positions}
 
     def load_state_dict(self, state: dict) -> None:
         if len(state["positions"]) != len(self.sizes):
@@ -289,4 +293,4 @@ class SessionLoader:
                     f"the checkpoint is at session {position} of stream {stream}, which has {size}: "
                     "the data set is not the one it was made with"
                 )
-        self.epoch, self.positions = state["epoch"], list(state["positions"])
+        self.epoch, self._taken = state["epoch"], np.array(state["positions"], np.int64)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
-from gru4recf_dist.config import ScheduleConfig
+from gru4recf_dist.config import Config, ScheduleConfig
+from gru4recf_dist.data.streams import SessionLoader
 from gru4recf_dist.parallel import traffic
 
 
@@ -87,3 +89,13 @@ class Window:
     busy_seconds: float = 0.0
     traffic: traffic.Traffic = field(default_factory=traffic.Traffic)
     started: float = field(default_factory=time.perf_counter)
+
+
+def total_steps(config: Config, loader: SessionLoader, step: int) -> int:
+    """Updates of the whole run, ``step`` of them made: the nearer of ``max_epochs`` and ``max_steps``.
+
+    The epochs are the loader's: after a resume with another batch size, steps made do not tell how many there were.
+    """
+    by_epochs = math.inf if config.max_epochs is None else step + loader.steps_until(config.max_epochs)
+    by_steps = math.inf if config.max_steps is None else config.max_steps
+    return int(min(by_epochs, by_steps))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import closing, nullcontext
 from typing import Any
@@ -30,7 +29,7 @@ from gru4recf_dist.parallel.ranks import Ranks, from_first
 from gru4recf_dist.parallel.replicas import check_replicas
 from gru4recf_dist.parallel.slow_ranks import SlowRanks, ratios
 from gru4recf_dist.parallel.whereabouts import HERE
-from gru4recf_dist.progress import Progress, Window
+from gru4recf_dist.progress import Progress, Window, total_steps
 from gru4recf_dist.run_description import describe
 from gru4recf_dist.run_folder import check_run_folder
 from gru4recf_dist.schedule import factor
@@ -401,13 +400,3 @@ class Trainer:
         names = final_names(config, self.manifest)
         self.monitor.finish(progress.step, {name: result[split][metric] for name, (split, metric) in names.items()})
         return result
-
-
-def total_steps(config: Config, loader: SessionLoader, step: int) -> int:
-    """Updates of the whole run, ``step`` of them made: the nearer of ``max_epochs`` and ``max_steps``.
-
-    The epochs are the loader's: after a resume with another batch size, steps made do not tell how many there were.
-    """
-    by_epochs = math.inf if config.max_epochs is None else step + loader.steps_until(config.max_epochs)
-    by_steps = math.inf if config.max_steps is None else config.max_steps
-    return int(min(by_epochs, by_steps))

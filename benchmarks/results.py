@@ -126,6 +126,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--only: {' '.join(arguments.only)} names none of {', '.join(known)}")
     output = Path(arguments.output)
     records = Records(output.with_suffix(".json"), RECIPE)
+    # Also what was not asked for now, or the page would leave it out.
+    for experiment in EXPERIMENTS:
+        for seed in experiment.seeds:
+            if records.get(experiment.path, experiment.settings, seed) is None:
+                _keep(records, experiment, seed, arguments.data)
     runs = [(each, seed) for each in chosen for seed in each.seeds if seed in (arguments.seeds or each.seeds)]
     missing = [(each, seed) for each, seed in runs if records.get(each.path, each.settings, seed) is None]
     print(f"{len(runs) - len(missing)} of {len(runs)} runs were made before: {output.with_suffix('.json')}", flush=True)

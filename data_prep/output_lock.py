@@ -80,25 +80,40 @@ def _this_process() -> dict[str, str | int]:
 
 
 def _identity(process: int) -> dict[str, str]:
-    """What tells a process from all others, of this machine and of every other; empty if it has ended."""
+    """What tells a process from all others, of this machine and of every other; empty if nothing can be read of it."""
     try:
-        # After the name, which may hold anything: the state, and as the 20th the time of its start.
+        # The time of its start is the 20th after its name, which may hold anything.
         state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         if state in "ZX":
-            return {}
+            return {"process_start": "ended"}
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return {"machine": f"{boot} {os.readlink('/proc/self/ns/pid')}", "process_start": fields[18]}
     except (OSError, IndexError):
-        # Ended, or another system than Linux.
+        # It has ended, is hidden from this user, or this is another system than Linux.
         return {}
 
 
 def _is_abandoned(content: bytes) -> bool:
     """Whether it is known that the process has ended: only on its own machine, and in its own container."""
     owner, here = _parsed(content), _identity(os.getpid())
-    if not here or owner.get("machine") != here["machine"] or not isinstance(owner.get("process"), int):
+    process = owner.get("process")
+    if not here or owner.get("machine") != here["machine"] or not isinstance(process, int) or process < 1:
         return False
-    return _identity(owner["process"]).get("process_start") != owner.get("process_start")
+    found = _identity(process)
+    if found:
+        return found["process_start"] != owner.get("process_start")
+    # Of another user's process nothing may be readable, but whether there is one.
+    return not _exists(process)
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _remove_abandoned(url: str, content: bytes) -> None:

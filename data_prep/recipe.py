@@ -174,8 +174,10 @@ class ItemTable(Layout):
         return self
 
 
-# No credential: to hide these would take them out of every message.
-_PLAIN_VALUE = re.compile(r"true|false|[0-9]{1,7}([.][0-9]{1,3})?[a-zA-Z%]{0,3}")
+# What names a credential, or where it serves: to hide all settings would take words and folders out of every message.
+_SECRET_KEY = re.compile(
+    r"secret|password|passwd|token|credential|access[.-]?key|account[.-]?key|[.]sas[.]|keystore|endpoint", re.IGNORECASE
+)
 
 
 class Spark(Section):
@@ -213,8 +215,8 @@ class Spark(Section):
 
     @property
     def secrets(self) -> list[str]:
-        """The settings' values, but for those that are a switch, a number or a size."""
-        return [value for value in self.settings.values() if not _PLAIN_VALUE.fullmatch(value)]
+        """The values of settings whose names say that they are credentials or endpoints."""
+        return [value for key, value in self.settings.items() if _SECRET_KEY.search(key)]
 
     @property
     def is_local(self) -> bool:

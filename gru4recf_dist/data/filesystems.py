@@ -28,10 +28,11 @@ _SECRET_VARIABLES = (
     "AZURE_STORAGE_CONNECTION_STRING",
     "AZURE_STORAGE_SAS_TOKEN",
 )
-# `user:password@` before a server; a password may hold a slash that should have been written %2F.
+# `user:password@` before a server; a password may hold a slash that should have been written %2F. All lengths are
+# bounded, as the text may be anybody's: time must not grow with its square.
 _USERINFO = re.compile(
-    r"(?P<protocol>[a-zA-Z][a-zA-Z0-9+.-]*)://"
-    r"(?P<userinfo>[^/?#\s]*|(?<=http://|ttps://)[^/?#\s@\[\]]*:(?![0-9]*[/?#])[^\s@]*)@"
+    r"(?P<protocol>[a-zA-Z][a-zA-Z0-9+.-]{0,31})://"
+    r"(?P<userinfo>[^/?#\s]{0,2048}|(?<=http://|ttps://)[^/?#\s@\[\]:]{0,255}:(?![0-9]{0,9}[/?#])[^\s@]{0,2048})@"
 )
 _WITHOUT_SERVER = frozenset({"file", "local", "memory"})
 # abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gru4recf_dist.data.columns import ragged_arange
+
 # Pairs that are in memory at a time.
 PAIRS = 1 << 20
 
@@ -40,7 +42,7 @@ class SeenItems:
         """
         lengths = lengths.astype(np.int64)
         session = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
-        within = np.arange(len(session)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        within = ragged_arange(lengths)
         values = items[np.repeat(starts, lengths) + within].astype(np.int64)
         # 2^31 items and 2^32 sessions fit one int64 key.
         _, events = np.unique((session << 31) | values, return_index=True)

@@ -262,11 +262,18 @@ def create(url: str, content: bytes) -> bool:
     fs, path = filesystem(url)
     if is_local(url):
         try:
-            with open(path, "xb") as stream:
-                stream.write(content)
+            stream = open(path, "xb")  # noqa: SIM115
         except FileExistsError:
             return False
         except OSError as error:
+            raise _unwritable(url, error) from error
+        try:
+            with stream:
+                stream.write(content)
+        except OSError as error:
+            # An empty one would stand in everybody's way.
+            with contextlib.suppress(OSError):
+                os.unlink(path)
             raise _unwritable(url, error) from error
         return True
 

@@ -94,8 +94,11 @@ class _Search:
         """Of the ``kept`` best by float32 scores the k best by exact ones, and whether no other can be among them."""
         few = queries[chosen]
         ids, approximate, longest = self._best_of_tiles(few, chosen, kept)
-        rows = self.candidates.read((ids.flatten() - self.candidates.own.start).clamp(min=0))
-        exact = self.candidates.exact_scores(few.repeat_interleave(ids.shape[1], dim=0), rows).view(ids.shape)
+        exact = torch.empty(ids.shape, dtype=torch.float64, device=ids.device)
+        for part in torch.arange(len(few), device=ids.device).split(max(1, _PAIRS // ids.shape[1])):
+            rows = self.candidates.read((ids[part].flatten() - self.candidates.own.start).clamp(min=0))
+            pairs = few[part].repeat_interleave(ids.shape[1], dim=0)
+            exact[part] = self.candidates.exact_scores(pairs, rows).view(len(part), -1)
         ids, scores = _first_k(ids, exact.masked_fill(ids == PADDING_ID, -torch.inf), self.k)
         if kept >= len(self.candidates.own):
             return ids, scores, torch.ones_like(chosen, dtype=torch.bool)

@@ -59,11 +59,13 @@ class Popularity:
         spread = math.sqrt((asked[rest] * (1.0 + (world - 1.0) * asked[rest])) @ self.items[rest])
         generator, most = np.random.default_rng(0), []
         for _ in range(_DEALS):
-            loads = mean + spread * generator.standard_normal(world)
+            # Where few are asked for at all, numbers that are normal would fall below 0.
+            loads = np.maximum(mean + spread * generator.standard_normal(world), 0.0)
             owners = generator.integers(world, size=len(hot))
             loads += np.bincount(owners, generator.binomial(world, hot), minlength=world)
-            most.append(loads.max() / loads.mean())
-        return float(np.mean(most))
+            if loads.any():
+                most.append(loads.max() / loads.mean())
+        return float(np.mean(most)) if most else 1.0
 
     def distinct_negatives(self, draws: int, sampler: str, alpha: float) -> float:
         """Expected distinct items among ``draws`` negatives, which are drawn with replacement."""

@@ -49,7 +49,8 @@ def put(name: str, content: bytes) -> str:
 
 def info_of(content: bytes, **changes) -> ShardInfo:
     """What a forged manifest would say: the checksum fits."""
-    counts = {"sessions": len(SESSIONS), "events": sum(map(len, SESSIONS)), "targets": 1, "bytes": len(content)}
+    sessions, events = len(SESSIONS), sum(map(len, SESSIONS))
+    counts = {"sessions": sessions, "events": events, "targets": events - sessions, "bytes": len(content)}
     sha256 = hashlib.sha256(content).hexdigest()
     return ShardInfo(**{"url": "x.tar", "stream": 0, "sha256": sha256, **counts, **changes})
 

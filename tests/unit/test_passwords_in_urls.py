@@ -104,3 +104,9 @@ def test_a_password_in_a_manifest_is_refused_without_showing_it(tmp_path, allow_
     storage.write_json(f"{tmp_path}/manifest.json", content)
     filesystems.configure(StorageConfig(allow_outside=allow_outside))
     _check_refused(lambda: read_manifest(str(tmp_path)), f"{tmp_path}/manifest.json: ")
+
+
+@pytest.mark.parametrize("text", ["a" * 200_000, "http://a:" * 20_000, "http://" + "a:" * 100_000, "a://" * 50_000])
+def test_long_texts_are_looked_through_in_one_go(text):
+    """Manifests are anybody's: a name of a megabyte must not take hours. The test's own time limit is the measure."""
+    assert filesystems.without_userinfo(text) == text

@@ -60,6 +60,11 @@ def test_the_most_asked_rank_is_that_of_items_dealt_to_ranks(world, draws):
     assert popularity.zipf(items, 1.0).lookup_imbalance(draws, 1) == 1.0
 
 
+@pytest.mark.parametrize("draws", [1, 2, 5])
+def test_the_most_asked_of_two_ranks_is_asked_for_all_at_most(draws):
+    assert 1.0 <= popularity.zipf(10**6, 0.1).lookup_imbalance(draws, 2) <= 2.0
+
+
 @pytest.mark.parametrize("sampler", ["popularity", "log_uniform", "uniform"])
 def test_distinct_negatives_and_their_shares_are_those_of_the_sampler(sampler):
     counts = np.random.default_rng(1).permutation((1e6 / np.arange(1, 50_001)).astype(np.int64))

@@ -68,6 +68,12 @@ def test_the_page_has_means_spreads_epochs_baselines_and_published_figures(finis
     assert _line(page, "ml-100k", "GRU4Rec, RecBole's documentation")[1:3] == ["0.1103", "0.0513"]
 
 
+def test_what_has_finished_is_on_the_page_whatever_was_asked_for(finished, monkeypatch):
+    monkeypatch.setattr(results, "_train", lambda config: "failed")
+    assert results.main(["--only", "beauty", "--output", "page.md"]) == 0
+    assert _line(Path("page.md").read_text(), "ml-100k", "`concat_output`")[-1] == "3 of 3"
+
+
 def test_what_features_add_is_the_mean_difference_of_the_same_seeds(finished):
     assert "| what features add |" not in _page()
     for seed, hit in {0: 0.15, 2: 0.25}.items():

@@ -72,6 +72,17 @@ def test_a_file_that_cannot_be_created_is_one_line(tmp_path):
         storage.create(f"{tmp_path}/none/lock", b"x")
 
 
+def test_a_file_that_cannot_be_written_to_does_not_stay_empty(monkeypatch, tmp_path):
+    class Full(io.FileIO):
+        def write(self, content):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "open", Full, raising=False)
+    with pytest.raises(UserError, match=r"lock: cannot be written \(No space left on device\)$"):
+        storage.create(f"{tmp_path}/lock", b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_pattern_finds_files_by_name(folder):
     for name in ("raw/b.csv", "raw/a.csv", "raw/a.txt", "raw/deeper/c.csv"):
         storage.write_bytes(storage.join(folder, name), name.encode())

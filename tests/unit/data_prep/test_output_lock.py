@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -172,3 +173,17 @@ def test_a_process_that_lives_is_not_taken_for_another_with_its_number():
     here = output_lock._identity(owner["process"])
     assert not output_lock._is_abandoned(json.dumps({**owner, **here}).encode())
     assert output_lock._is_abandoned(json.dumps({**owner, **here, "process_start": "1"}).encode())
+
+
+def test_a_process_of_which_nothing_can_be_read_is_not_taken_for_ended(monkeypatch):
+    """As with another user's, where the system shows each user but his own."""
+    owner = {**json.loads(elsewhere(process=threading.get_native_id())), **output_lock._identity(os.getpid())}
+    here = output_lock._identity(os.getpid())
+    monkeypatch.setattr(output_lock, "_identity", lambda process: here if process == os.getpid() else {})
+
+    def kill(process: int, signal: int) -> None:
+        raise PermissionError if process == 1 else ProcessLookupError
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert not output_lock._is_abandoned(json.dumps({**owner, "process": 1}).encode())
+    assert output_lock._is_abandoned(json.dumps({**owner, "process": 2}).encode())

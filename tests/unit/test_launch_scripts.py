@@ -182,15 +182,19 @@ def test_a_signal_from_before_torchrun_is_not_lost(checkout, number):
     assert (checkout.folder / "saved-True").exists()
 
 
-def test_a_signal_while_torchrun_is_being_started_is_not_lost(checkout):
+@pytest.mark.parametrize("before", ["import contextlib", "    torchrun = subprocess"])
+def test_a_signal_while_torchrun_is_being_started_is_not_lost(checkout, before):
     checkout.write_program("torchrun", TORCHRUN_WITH_A_RANK)
     wait_for_note = (
         "import os, time\nwhile not os.path.exists(os.environ['GRU4RECF_STOP_FILE']):\n    time.sleep(0.02)\n"
     )
     (checkout.folder / "train.py").write_text(wait_for_note)
     script = checkout.folder / "launch" / "stoppable.py"
-    before = 'open("starting", "w").close()\n    while not os.path.exists("go"):\n        time.sleep(0.02)\n    '
-    script.write_text(script.read_text().replace("torchrun = subprocess", f"{before}torchrun = subprocess"))
+    waits = ["import pathlib", 'pathlib.Path("starting").touch()']
+    waits += ['while not pathlib.Path("go").exists():', "    time.sleep(0.02)"]
+    indent = before[: len(before) - len(before.lstrip())]
+    assert script.read_text().count(f"\n{before}") == 1
+    script.write_text(script.read_text().replace(before, "\n".join([*(indent + line for line in waits), before])))
     command = [sys.executable, "launch/stoppable.py", f"{checkout.folder}/venv/bin/torchrun"]
     node = subprocess.Popen(command, cwd=checkout.folder, env=checkout.environment)
     wait_for(checkout.folder / "starting")

@@ -137,18 +137,25 @@ class Checkpoints:
         """Step of the best checkpoint, None if there was no evaluation or it is gone."""
         return from_first(self.ranks, lambda: self._best)
 
-    def mark_best(self, step: int) -> None:
+    def mark_best(self, step: int, is_last: bool) -> None:
         """The checkpoint of ``step``, which is there, turned out to be the best so far.
 
+        Args:
+            is_last: whether no other will be written: its commit would say so too.
+
         Raises:
-            UserError: storage does not take that.
+            UserError: it is the last, and storage does not take that.
         """
 
         def mark() -> None:
-            # If it was the last step, no other commit will say so.
             commits.write_commit(self.folder, step, {**read_commit(self.folder, step), "best_step": step})
 
-        from_first(self.ranks, mark)
+        try:
+            from_first(self.ranks, mark)
+        except UserError as error:
+            if is_last:
+                raise
+            self._warn(f"that step {step} is the best so far is left to the next checkpoint: {error}")
         self._best = step
 
     def is_sound(self, step: int, instead: str) -> bool:

@@ -71,13 +71,22 @@ class LossConfig(Section):
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> LossConfig:
-        if self.elu and self.name.endswith("softmax"):
-            raise ValueError(f"elu is not for {self.name}: the scores of a softmax are taken as they are")
-        if self.name != "bpr_max" and self.regularization != type(self).model_fields["regularization"].default:
-            raise ValueError(f"regularization is not for {self.name}: bpr_max alone has it")
-        if self.name != "sampled_softmax" and self.logq != type(self).model_fields["logq"].default:
-            raise ValueError(f"logq is not for {self.name}: sampled_softmax alone has a correction")
+        for key, reason in _ignored_by(self.name).items():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is not for {self.name}: {reason}")
         return self
+
+
+def _ignored_by(loss: str) -> dict[str, str]:
+    """The keys of the section that ``loss`` has no use for, and why."""
+    ignored = {}
+    if loss.endswith("softmax"):
+        ignored["elu"] = "the scores of a softmax are taken as they are"
+    if loss != "bpr_max":
+        ignored["regularization"] = "bpr_max alone has it"
+    if loss != "sampled_softmax":
+        ignored["logq"] = "sampled_softmax alone has a correction"
+    return ignored
 
 
 class TableConfig(Section):
@@ -321,3 +330,23 @@ def load(path: str | None, overrides: list[str], training: bool = True) -> Confi
         known = ", ".join(f"ndcg@{k}" for k in ks)
         raise UserError(f"early_stopping.metric '{metric}' is not measured (try {known})")
     return config
+
+
+def load_stored(url: str, overrides: list[str]) -> Config:
+    """Read the `config.yaml` of a run's folder, with overrides.
+
+    Earlier versions accepted settings that the run's loss ignored. They made no difference: of what is stored they are
+    left out, and refused where they are newly given.
+
+    Raises:
+        UserError: as `typed_yaml.load`.
+    """
+    return typed_yaml.load(Config, url, overrides, _without_ignored)
+
+
+def _without_ignored(content: dict[str, Any]) -> dict[str, Any]:
+    loss = content.get("loss")
+    if not isinstance(loss, dict):
+        return content
+    ignored = _ignored_by(str(loss.get("name", LossConfig.model_fields["name"].default)))
+    return {**content, "loss": {key: value for key, value in loss.items() if key not in ignored}}

@@ -33,7 +33,7 @@ from gru4recf_dist.data.shard_format import (
     read_manifest,
     write_manifest,
 )
-from gru4recf_dist.errors import UserError
+from gru4recf_dist.errors import UserError, first_line
 from gru4recf_dist.model.gru4recf import GRU4RecF
 from gru4recf_dist.model.subnets import ITEM_TABLE, subnets
 from gru4recf_dist.recommend_input import SessionReader, to_block
@@ -129,7 +129,7 @@ def load(folder: str, device: torch.device | str = "cpu") -> ExportedModel:
         config = ModelConfig.model_validate(settings["model"])
         max_length, present = int(settings["max_length"]), list(settings["present_subnets"])
     except (ValidationError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{url}: not the settings of a model ({storage.first_line(error)})") from error
+        raise UserError(f"{url}: not the settings of a model ({first_line(error)})") from error
     manifest = read_manifest(folder)
     # Without memory or random numbers: all parameters are replaced.
     with torch.device("meta"):
@@ -142,7 +142,7 @@ def load(folder: str, device: torch.device | str = "cpu") -> ExportedModel:
         raise
     except Exception as error:
         # torch's own errors for files that are damaged, or of another model, are of many types.
-        raise UserError(f"{url}: not the weights of this model ({storage.first_line(error)})") from error
+        raise UserError(f"{url}: not the weights of this model ({first_line(error)})") from error
     model.take_part(present)
     return model.requires_grad_(False).eval().to(device)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from gru4recf_dist import typed_yaml
 from gru4recf_dist.checkpoint import weight_settings
-from gru4recf_dist.config import Config
+from gru4recf_dist.config import Config, load_stored
 from gru4recf_dist.data import storage
 from gru4recf_dist.errors import UserError
 
@@ -30,7 +29,7 @@ def check_run_folder(config: Config, has_checkpoint: bool) -> None:
             **{f"training.{key}": value for key, value in each.training},
             **weight_settings(each),
         }
-        for each in (typed_yaml.load(Config, storage.join(config.run_dir, "config.yaml"), []), config)
+        for each in (load_stored(storage.join(config.run_dir, "config.yaml"), []), config)
     )
     for key, old in before.items():
         if old != now[key]:

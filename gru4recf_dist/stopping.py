@@ -31,14 +31,14 @@ _everyone_is_here = threading.Event()
 def catch_signals() -> None:
     """From now on the first signal is a wish to stop (`requested`), and a second one ends the process at once.
 
-    What comes within `COPIES_SECONDS` of the first is a copy of it. If $STOP_FILE names a file that is there, the wish
-    came before this process could catch it.
+    What comes within `COPIES_SECONDS` of the first is a copy of it. If $GRU4RECF_STOP_FILE names a file that is there,
+    the wish came before this process could catch it.
     """
     global _first
     for number in SIGNALS:
         signal.signal(number, _note)
     # After the handlers: whoever asks makes the file before sending the signal, so one of both is seen.
-    stop_file = os.environ.get("STOP_FILE")
+    stop_file = os.environ.get("GRU4RECF_STOP_FILE")
     if stop_file and _first is None and Path(stop_file).exists():
         _first = time.monotonic()
 
@@ -49,12 +49,13 @@ def requested() -> bool:
 
 
 def end_if_others_do_not_come() -> None:
-    """Until `everyone_is_here`, end the process at once on a SIGTERM that is no wish to stop: $STOP_FILE is not there.
+    """Until `everyone_is_here`, end the process at once on a SIGTERM that is no wish to stop.
 
-    Without that variable nothing tells the two apart, and nothing is done. Call from the main thread.
+    With a wish, the file that $GRU4RECF_STOP_FILE names is there. Without that variable nothing tells the two apart,
+    and nothing is done. Call from the main thread.
     """
     global _wakeup
-    stop_file = os.environ.get("STOP_FILE")
+    stop_file = os.environ.get("GRU4RECF_STOP_FILE")
     if not stop_file:
         return
     reading, _wakeup = os.pipe()
@@ -75,8 +76,8 @@ def everyone_is_here() -> None:
 
 
 def is_announced() -> bool:
-    """Whether it is known to be a person's or a scheduler's wish, which is for all ranks; without $STOP_FILE it is."""
-    stop_file = os.environ.get("STOP_FILE")
+    """Whether it is known to be a person's or a scheduler's wish, for all ranks; without $GRU4RECF_STOP_FILE it is."""
+    stop_file = os.environ.get("GRU4RECF_STOP_FILE")
     return not stop_file or Path(stop_file).exists()
 
 

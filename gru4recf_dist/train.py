@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from gru4recf_dist import config as configuration
-from gru4recf_dist import recommender, stopping, trained_run, typed_yaml, warm_start
+from gru4recf_dist import recommender, stopping, trained_run, warm_start
 from gru4recf_dist.checkpoint_commits import newest_step
 from gru4recf_dist.config import Config
 from gru4recf_dist.data import assignment, storage
@@ -74,7 +74,7 @@ def is_finished(config: Config) -> bool:
     if config.evaluation.baselines and "test" in measured and "baselines" not in measured:
         return False
     try:
-        return typed_yaml.load(Config, settings, []) == config
+        return configuration.load_stored(settings, []) == config
     except UserError:
         # Of another version of this program.
         return False

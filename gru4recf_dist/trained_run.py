@@ -40,7 +40,7 @@ def read_config(run_dir: str, overrides: list[str], key: str = "--run") -> Confi
     if not storage.exists(url):
         raise UserError(f"{key}: {run_dir} is not the folder of a run (it has no config.yaml)")
     # Not as an override: OmegaConf would read a folder called 2024 as a number.
-    return configuration.load(url, overrides, training=False).model_copy(update={"run_dir": run_dir})
+    return configuration.load_stored(url, overrides).model_copy(update={"run_dir": run_dir})
 
 
 def chosen_step(run_dir: str, ranks: Ranks | None, key: str = "--run") -> int:

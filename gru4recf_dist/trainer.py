@@ -112,16 +112,16 @@ class Trainer:
 
     def _train_steps(self) -> bool:
         """Train to the end; False if a signal stopped the run."""
-        progress = self.progress
+        progress, is_best = self.progress, False
         if progress.evaluation_owed:
             is_best = self._evaluate()
             if progress.evaluation_owed:
                 # The checkpoint that this start began with says so too.
                 self._say_stopped()
                 return False
-            if is_best:
-                self.checkpoints.mark_best(progress.step)
         finished = progress.step >= self.total_steps or self._out_of_patience()
+        if is_best:
+            self.checkpoints.mark_best(progress.step, is_last=finished)
         self._window = Window()
         while not finished:
             steps, progress.epoch = self.loader.steps_left, self.loader.epoch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import yaml
@@ -25,17 +26,28 @@ class _OnlyStorage(Section):
     storage: StorageConfig = StorageConfig()
 
 
-def load(schema: type[Settings], path: str | None, overrides: list[str]) -> Settings:
+def load(
+    schema: type[Settings],
+    path: str | None,
+    overrides: list[str],
+    mend: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> Settings:
     """Read ``path`` (any fsspec URL), apply ``key.sub=value`` overrides and validate against ``schema``.
 
     Where the schema has a section `storage`, this process reaches files with it from then on.
+
+    Args:
+        mend: what is made of the file's content before the overrides.
 
     Raises:
         UserError: the file is missing or not YAML, an override is malformed, a key is unknown (the closest real
             key is named), or a value has the wrong type or is out of bounds.
     """
     use_storage(schema, overrides)
-    content = _merged(schema, _read(path) if path else {}, overrides, path or "overrides")
+    base = _read(path) if path else {}
+    if mend is not None:
+        base = mend(OmegaConf.to_container(OmegaConf.create(base)))
+    content = _merged(schema, base, overrides, path or "overrides")
     _use_storage(schema, content)
     return _validated(schema, content)
 
@@ -76,7 +88,7 @@ def _merged(schema: type[BaseModel], base: Any, overrides: list[str], source: st
         if _holds_secrets(schema, key):
             # What the parser says quotes the value.
             raise UserError(f"{key}: cannot be parsed; put the value in quotes, and a backslash before ${{") from None
-        raise UserError(f"{culprit}: {_first_line(error)}") from error
+        raise UserError(f"{culprit}: {_problem(error)}") from error
 
 
 def _use_storage(schema: type[BaseModel], content: Any) -> None:
@@ -122,13 +134,14 @@ def _read(path: str) -> DictConfig:
         # OmegaConf's way to refuse a file that holds a single number.
         raise UserError(f"{path}: must hold a mapping of keys to values") from error
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({_first_line(error)})") from error
+        raise UserError(f"{path}: not valid YAML ({_problem(error)})") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path}: must hold a mapping of keys to values")
     return loaded
 
 
-def _first_line(error: Exception) -> str:
+def _problem(error: Exception) -> str:
+    """What the parser says, which may be over several lines; without what OmegaConf adds to it, which is indented."""
     return " ".join(str(error).split("\n    ")[0].split())
 
 

@@ -14,6 +14,9 @@ requeued=
 step=
 # Where the run stood when this attempt began, in words; what goes back into the queue leaves them in the file.
 begins=
+# What stands there for an attempt that could not find that out.
+# shellcheck disable=SC2034 # read by the jobs
+no_answer="no answer"
 begun_file=$log_dir/${SLURM_JOB_ID:-none}.begun
 trap 'signalled=yes' USR1
 trap on_sigterm TERM
@@ -71,11 +74,17 @@ shown_job() {
   scontrol show job --oneliner "$SLURM_JOB_ID" || true
 }
 
-# gets_nowhere: whether the job has been in the queue again MAX_REQUEUES times from where it begins now.
+# gets_nowhere: whether the job has put itself back into the queue MAX_REQUEUES times from where it begins now.
 gets_nowhere() {
   local times
   times=$(grep -cxF -e "$begins" "$begun_file" 2>/dev/null || true)
-  ((${times:-0} >= ${MAX_REQUEUES:-3}))
+  ((${times:-0} > 0 && times >= ${MAX_REQUEUES:-3}))
+}
+
+# give_up REASON [HINT]: says so. Whoever has repaired what kept the job may requeue it by hand: it counts anew then.
+give_up() {
+  echo "error: back from the queue ${MAX_REQUEUES:-3} times $1 (MAX_REQUEUES): not started again${2:-}" >&2
+  rm -f "$begun_file"
 }
 
 # requeue REASON: puts the job back into the queue, unless SLURM has decided about it already: a job that lost a node or
@@ -85,12 +94,16 @@ requeue() {
   if [[ -n $requeued ]]; then
     return
   fi
+  if ((${MAX_REQUEUES:-3} == 0)); then
+    echo "$1; not put back into the queue (MAX_REQUEUES=0)"
+    return
+  fi
   if [[ $(shown_job) == *" JobState=RUNNING "* ]] || { [[ -n $goes_on ]] && is_out_of_time; }; then
     echo "$1, back into the queue"
     requeued=yes
     if [[ -n $begins ]]; then
       # A full disk must not keep the job from the queue.
-      echo "$begins" >>"$begun_file" || true
+      { mkdir -p "$log_dir" && echo "$begins" >>"$begun_file"; } || true
     fi
     scontrol requeue "$SLURM_JOB_ID"
   else

@@ -4,26 +4,35 @@ Left alone, torchrun dies of SIGUSR1 while its ranks run on, and kills them 30 s
 Here it ignores both. They are passed on to the ranks, which stop together and end with status 0; so does torchrun then.
 A second signal means "at once": the ranks end on it, and torchrun is told to give up.
 
-Nothing outlives what has started it, even if that is killed: torchrun ends with this process, the ranks with torchrun.
+Torchrun ends with this process, and the ranks with torchrun, even if these are killed.
 """
 
 from __future__ import annotations
+
+# ruff: noqa: E402
+import signal
+import time
+from queue import SimpleQueue
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Before all else is loaded: until then, this process dies of them. A handler may interrupt itself, so that it must do
+# little: a busy machine takes longer to find the ranks than the next signal takes to come. What comes before torchrun
+# waits for it.
+arrived: SimpleQueue[tuple[int, float]] = SimpleQueue()
+for _number in SIGNALS:
+    signal.signal(_number, lambda number, frame: arrived.put((number, time.monotonic())))
 
 import contextlib
 import ctypes
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
-from queue import SimpleQueue
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # As in gru4recf_dist/stopping.py, where the ranks take what comes within this time of the first signal for a copy.
 COPIES_SECONDS = 10.0
 # Of linux/prctl.h: the signal that the system sends when the parent is gone.
@@ -32,22 +41,19 @@ PR_SET_PDEATHSIG = 1
 
 def main(command: list[str]) -> int:
     """Run ``command`` to its end; returns its exit status."""
-    # A handler may interrupt itself, so that it must do little: a busy machine takes longer to find the ranks than the
-    # next signal takes to come. What comes before torchrun waits for it.
-    arrived: SimpleQueue[tuple[int, float]] = SimpleQueue()
-    for number in SIGNALS:
-        signal.signal(number, lambda number, frame: arrived.put((number, time.monotonic())))
     folder = Path(tempfile.mkdtemp(prefix="gru4recf-stop-"))
     stop_file = folder / "stop"
-    if os.environ.pop("STOP_WISHED", None):
+    if os.environ.pop("GRU4RECF_STOP_WISHED", None):
         # By a signal to the script that has become this process.
         with contextlib.suppress(OSError):
             stop_file.touch()
         arrived.put((signal.SIGTERM, time.monotonic()))
     # The second variable is torchrun's --signals-to-handle, which would include SIGTERM.
-    environment = {"STOP_FILE": str(stop_file), "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT"}
+    environment = {"GRU4RECF_STOP_FILE": str(stop_file), "PET_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT"}
     # For the ranks, as gru4recf_dist/launcher.py has it.
-    environment["LAUNCHER_PID"] = str(os.getpid())
+    environment["GRU4RECF_LAUNCHER_PID"] = str(os.getpid())
+    with contextlib.suppress(OSError):
+        environment["GRU4RECF_LAUNCHER_PID_NAMESPACE"] = os.readlink("/proc/self/ns/pid")
     torchrun = subprocess.Popen(command, env={**os.environ, **environment}, preexec_fn=in_torchrun(os.getpid()))
     threading.Thread(target=pass_on, args=(arrived, torchrun, stop_file), daemon=True).start()
     try:

@@ -19,8 +19,9 @@
 # With MODULE, SIGTERM ends everything, and SIGUSR1 does nothing.
 set -euo pipefail
 
-# Until torchrun runs a signal is noted: the other nodes' ranks would wait for those of this one, and all of them stop
-# together, at once. What is run until then does not get it.
+# What comes before the launcher is noted: the other nodes' ranks would wait for those of this one, and all of them stop
+# together, at once. The programs that are run until then do not get it. Only in the moment in which the launcher's Python
+# starts, and cannot take signals yet, does one end it, and so this script.
 wished=
 if [[ -z ${MODULE:-} ]]; then
   trap 'wished=yes' TERM USR1
@@ -77,7 +78,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # With a shared store, ranks that torchrun starts anew find the addresses of the dead ones in it, and hang.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 if [[ -n $wished ]]; then
-  export STOP_WISHED=yes
+  export GRU4RECF_STOP_WISHED=yes
 fi
 exec "${stoppable[@]}" torchrun --nnodes="$nnodes" --nproc-per-node="$nproc" --max-restarts="${MAX_RESTARTS:-0}" \
   "${rendezvous[@]}" --rdzv-endpoint="$RDZV_ENDPOINT" --rdzv-id="${RDZV_ID:-gru4recf}" "${program[@]}" "$@"

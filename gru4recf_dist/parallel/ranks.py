@@ -132,7 +132,7 @@ def running(device: str, timeout_seconds: int, keep: Callable[[str, bytes], None
         if not _tells_of_others(error):
             raise
         found = roll_call.findings() if roll_call else None
-        raise RanksLost(found or f"{HERE.position()}: another rank is gone ({_first_line(error)})") from error
+        raise RanksLost(found or f"{HERE.position()}: another rank is gone ({_torchs_reason(error)})") from error
     if roll_call:
         roll_call.stop()
     stop()
@@ -148,8 +148,8 @@ def _tells_of_others(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in text for word in words)
 
 
-def _first_line(error: Exception) -> str:
-    """Without the place in torch's source that gloo puts before it."""
+def _torchs_reason(error: Exception) -> str:
+    """The first line, without the place in torch's source that gloo puts before it."""
     return str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]
 
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from gru4recf_dist import checkpoint_commits as commits
 from gru4recf_dist import stopping
 from gru4recf_dist.checkpoint_commits import best_step, complete_steps, read_commit
 from gru4recf_dist.config import Config
@@ -277,3 +278,43 @@ def test_an_evaluation_that_a_signal_kept_from_being_made_is_made_up_for(tmp_pat
     # What evaluation and recommendation choose.
     assert best_step(str(tmp_path / "run/checkpoints")) == results[0]["best_step"]
     assert results[0]["test"] == results[1]["test"]
+
+
+def _mark_best_on_a_full_disk(ranks: Ranks, config: Config) -> str:
+    """Go on with the evaluation that is owed, with a full disk for what it found; how that ends."""
+    write_commit, wrote = commits.write_commit, []
+
+    def given(folder, step, commit):
+        if not wrote:
+            wrote.append(step)
+            raise UserError("no space left on device")
+        write_commit(folder, step, commit)
+
+    commits.write_commit = given
+    stopping.requested = lambda: False
+    trainer = Trainer(config, ranks)
+    evaluate = trainer.evaluator.evaluate
+
+    def falling(model, split, *unwanted):
+        found = evaluate(model, split, *unwanted)
+        return {**found, split: {**found[split], "ndcg@10": 1.0 / trainer.progress.step}}
+
+    trainer.evaluator.evaluate = falling
+    try:
+        trainer.train()
+    except UserError as error:
+        return str(error)
+    return f"best: {trainer.checkpoints.best()}"
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_storage_that_does_not_take_what_is_best_ends_a_run_that_writes_nothing_more(tmp_path, data, is_last):
+    # 9 steps are 3 epochs; stopped at 4, before the evaluation that is due.
+    settings = (*OPTIONS, "evaluation.every_steps=4", "checkpoint.every_steps=100", "early_stopping.patience=100")
+    config = small_config(data, tmp_path / "run", *settings, "max_steps=9")
+    assert run_ranks(2, train_until_signal, tmp_path, config, 4) == [(None, 0)] * 2
+    config = config.model_copy(update={"max_steps": 4 if is_last else 9})
+    expected = "no space left on device" if is_last else "best: 4"
+    assert run_ranks(2, _mark_best_on_a_full_disk, tmp_path, config) == [expected] * 2
+    found = best_step(str(tmp_path / "run/checkpoints"))
+    assert found == (None if is_last else 4)

@@ -152,7 +152,7 @@ def out_of_time(run: Run) -> Job:
         assert len(ranks) == WORLD
         hours, minutes, _ = map(int, job.show("RunTime").split(":"))
         run.cluster.command("scontrol", "update", f"jobid={job.number}", f"timelimit={hours * 60 + minutes + 2}")
-        notes = [Path(rank.environ()["STOP_FILE"]) for rank in ranks]
+        notes = [Path(rank.environ()["GRU4RECF_STOP_FILE"]) for rank in ranks]
         job.wait_for(lambda: all(note.exists() for note in notes))
     job.wait_for(lambda: job.show("Restarts") == "1")
     # The limit stays with the job.

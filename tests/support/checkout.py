@@ -32,7 +32,7 @@ has_run = os.path.exists(os.environ["CALLS"]) and '"torchrun"' in open(os.enviro
     + """
 finished = os.environ.get("FINISHED", "0") if has_run else "3"
 if "--finished" in sys.argv:
-    print("ok:", os.environ.get("NEWEST", "no checkpoint"))
+    print(os.environ.get("SAID", "") + "ok:", os.environ.get("NEWEST", "no checkpoint"))
 sys.exit(int(os.environ.get("CHECK_STATUS") or (finished if "--finished" in sys.argv else "0")))
 """,
     # The two nodes of the job are this machine, one after the other. `srun ... true` asks whether they live.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gru4recf_dist import config as configuration
-from gru4recf_dist import typed_yaml
+from gru4recf_dist import trained_run, typed_yaml
 from gru4recf_dist.config import Config
 from gru4recf_dist.errors import UserError
+from gru4recf_dist.run_folder import check_run_folder
+from gru4recf_dist.train import is_finished
 
 REQUIRED = ["data=data/x", "run_dir=runs/x"]
 
@@ -132,6 +135,50 @@ def test_settings_that_a_loss_would_ignore_are_refused(override, losses, says):
             continue
         text = _error(*given)
         assert text.startswith("loss: ") and says.format(loss) in text
+
+
+@pytest.mark.parametrize(
+    ("loss", "ignored"),
+    [
+        ("full_softmax", {"logq": "off", "elu": 0.5, "regularization": 0.0}),
+        ("full_softmax", {"logq": False}),
+        ("top1", {"regularization": 0.5, "logq": "classic"}),
+        ("bpr_max", {"logq": "off"}),
+        (None, {"elu": 1.0}),
+    ],
+)
+def test_what_the_loss_of_an_earlier_run_ignored_is_left_out(tmp_path, loss, ignored):
+    corrected = _load(*([f"loss.name={loss}"] if loss else []), "loss.negatives=7", "seed=3")
+    stored = yaml.safe_load(typed_yaml.dump(corrected))
+    if loss is None:
+        del stored["loss"]["name"]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**stored, "loss": {**stored["loss"], **ignored}}))
+    with pytest.raises(UserError, match="is not for"):
+        configuration.load(str(path), [])
+    assert configuration.load_stored(str(path), []) == corrected
+    assert configuration.load_stored(str(path), ["seed=4"]) == corrected.model_copy(update={"seed": 4})
+    # What is newly given is refused; what has a meaning stays.
+    key = next(iter(ignored))
+    with pytest.raises(UserError, match=f"loss: {key} is not for"):
+        configuration.load_stored(str(path), [f"loss.{key}={ignored[key]}"])
+    path.write_text(typed_yaml.dump(_load("loss.name=bpr_max", "loss.regularization=0.5", "loss.elu=0.2")))
+    assert configuration.load_stored(str(path), []).loss == configuration.load(str(path), []).loss
+
+
+def test_the_folder_of_an_earlier_run_is_taken(tmp_path):
+    corrected = _load("loss.name=full_softmax", f"run_dir={tmp_path}", "evaluation.baselines=false")
+    stored = yaml.safe_load(typed_yaml.dump(corrected))
+    stored["loss"]["logq"] = "off"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
+    check_run_folder(corrected, has_checkpoint=True)
+    # For evaluation and the others, and for `init_from`.
+    assert trained_run.read_config(str(tmp_path), []) == corrected
+    assert not is_finished(corrected)
+    (tmp_path / "result.json").write_text("{}")
+    assert is_finished(corrected)
+    with pytest.raises(UserError, match="seed: 1, but the checkpoints"):
+        check_run_folder(corrected.model_copy(update={"seed": 1}), has_checkpoint=True)
 
 
 def test_other_dropouts_stay_when_dropout_is_positive():

@@ -55,18 +55,54 @@ def test_job_whose_launcher_could_not_take_the_signal_yet_is_requeued(checkout):
     assert checkout.calls("scontrol")[-1] == ["requeue", "4321"]
 
 
-def test_job_that_makes_no_checkpoint_is_not_requeued_for_ever(checkout):
-    def attempt(newest: str) -> tuple[int, str]:
-        (checkout.folder / "calls").unlink(missing_ok=True)
-        # Its ranks fail, and its nodes cannot be asked why.
-        finished = checkout.sbatch(TORCHRUN_STATUS="7", PROBE_STATUS="1", NEWEST=newest, MAX_REQUEUES="2")
-        assert (["requeue", "4321"] in checkout.calls("scontrol")) == bool(checkout.calls("torchrun"))
-        return finished.returncode, finished.stderr
+def attempt(checkout, **environment: str) -> tuple[int, bool, bool, str]:
+    """An attempt of a job whose ranks fail, and whose nodes cannot be asked why: its exit status, whether it started
+    ranks, whether it went back into the queue, and its error.
+    """
+    (checkout.folder / "calls").unlink(missing_ok=True)
+    finished = checkout.sbatch(**{"TORCHRUN_STATUS": "7", "PROBE_STATUS": "1", "MAX_REQUEUES": "2", **environment})
+    started, requeued = bool(checkout.calls("torchrun")), ["requeue", "4321"] in checkout.calls("scontrol")
+    return finished.returncode, started, requeued, finished.stderr
 
-    assert [attempt(step)[0] for step in ("no checkpoint", "no checkpoint", "step 5", "step 5")] == [7] * 4
-    status, error = attempt("step 5")
-    assert status == 1 and error.startswith("error: back from the queue 2 times without a new checkpoint")
-    assert checkout.calls("torchrun") == []
+
+def test_job_that_makes_no_checkpoint_is_not_requeued_for_ever(checkout):
+    for step in ("no checkpoint", "no checkpoint", "step 5", "step 5"):
+        assert attempt(checkout, NEWEST=step)[:3] == (7, True, True)
+    *what, error = attempt(checkout, NEWEST="step 5")
+    assert what == [1, False, False]
+    assert error.startswith("error: back from the queue 2 times without a new checkpoint (MAX_REQUEUES): not started")
+    # By hand, when what kept it has been repaired.
+    assert attempt(checkout, NEWEST="step 5")[:3] == (7, True, True)
+
+
+def test_what_is_said_before_the_step_is_no_step(checkout):
+    for step in range(4):
+        said = {"SAID": "a warning, in every attempt\n", "NEWEST": f"step {step}"}
+        assert attempt(checkout, **said)[:3] == (7, True, True)
+
+
+def test_job_that_must_never_be_requeued_runs_once(checkout):
+    assert attempt(checkout, MAX_REQUEUES="0")[:3] == (7, True, False)
+    # Put back by SLURM.
+    assert attempt(checkout, MAX_REQUEUES="0", SLURM_RESTART_COUNT="1")[:3] == (7, True, False)
+    # Stopped ahead of its time limit.
+    stopped = attempt(checkout, MAX_REQUEUES="0", TORCHRUN_STATUS="0", FINISHED="3")
+    assert stopped[:3] == (75, True, False)
+
+
+def test_job_whose_storage_does_not_answer_queues_again(checkout):
+    silent = {"CHECK_STATUS": "2", "SLURM_RESTART_COUNT": "1"}
+    assert attempt(checkout, **silent, STATE="COMPLETING Reason=None")[:3] == (2, False, False)
+    assert attempt(checkout, **silent)[:3] == (2, False, True)
+    # It answered; what was before counts no more.
+    assert attempt(checkout, SLURM_RESTART_COUNT="2")[:3] == (7, True, True)
+    for _ in range(2):
+        assert attempt(checkout, **silent)[:3] == (2, False, True)
+    *what, error = attempt(checkout, **silent)
+    assert what == [2, False, False]
+    assert error.startswith("error: back from the queue 2 times without an answer")
+    # In the first attempt it is the configuration.
+    assert attempt(checkout, CHECK_STATUS="2")[:3] == (2, False, False)
 
 
 @pytest.mark.parametrize(("cpus", "warns"), [("1", True), ("2", False)])

@@ -124,7 +124,7 @@ for number in (signal.SIGTERM, signal.SIGUSR1):
 open("started", "w").close()
 while not seen:
     time.sleep(0.02)
-open(f"saved-{int(seen[0])}-{os.path.exists(os.environ['STOP_FILE'])}", "w").close()
+open(f"saved-{int(seen[0])}-{os.path.exists(os.environ['GRU4RECF_STOP_FILE'])}", "w").close()
 """
 # Torchrun, which handles SIGINT even where its shell has it ignored, as shells do for what they start in background.
 PATIENT_TORCHRUN = f"""#!{sys.executable}
@@ -170,7 +170,7 @@ def test_a_signal_from_before_torchrun_is_not_lost(checkout, number):
     checkout.write_program("python", PYTHON_THAT_CHECKS_FOR_LONG)
     checkout.write_program("torchrun", TORCHRUN_WITH_A_RANK)
     (checkout.folder / "train.py").write_text(
-        "import os\nopen(f\"saved-{os.path.exists(os.environ['STOP_FILE'])}\", 'w')"
+        "import os\nopen(f\"saved-{os.path.exists(os.environ['GRU4RECF_STOP_FILE'])}\", 'w')"
     )
     node = subprocess.Popen(["bash", "launch/torchrun_node.sh"], cwd=checkout.folder, env=checkout.environment)
     wait_for(checkout.folder / "checking")
@@ -182,13 +182,19 @@ def test_a_signal_from_before_torchrun_is_not_lost(checkout, number):
     assert (checkout.folder / "saved-True").exists()
 
 
-def test_a_signal_while_torchrun_is_being_started_is_not_lost(checkout):
+@pytest.mark.parametrize("before", ["import contextlib", "    torchrun = subprocess"])
+def test_a_signal_while_torchrun_is_being_started_is_not_lost(checkout, before):
     checkout.write_program("torchrun", TORCHRUN_WITH_A_RANK)
-    wait_for_note = "import os, time\nwhile not os.path.exists(os.environ['STOP_FILE']):\n    time.sleep(0.02)\n"
+    wait_for_note = (
+        "import os, time\nwhile not os.path.exists(os.environ['GRU4RECF_STOP_FILE']):\n    time.sleep(0.02)\n"
+    )
     (checkout.folder / "train.py").write_text(wait_for_note)
     script = checkout.folder / "launch" / "stoppable.py"
-    before = 'open("starting", "w").close()\n    while not os.path.exists("go"):\n        time.sleep(0.02)\n    '
-    script.write_text(script.read_text().replace("torchrun = subprocess", f"{before}torchrun = subprocess"))
+    waits = ["import pathlib", 'pathlib.Path("starting").touch()']
+    waits += ['while not pathlib.Path("go").exists():', "    time.sleep(0.02)"]
+    indent = before[: len(before) - len(before.lstrip())]
+    assert script.read_text().count(f"\n{before}") == 1
+    script.write_text(script.read_text().replace(before, "\n".join([*(indent + line for line in waits), before])))
     command = [sys.executable, "launch/stoppable.py", f"{checkout.folder}/venv/bin/torchrun"]
     node = subprocess.Popen(command, cwd=checkout.folder, env=checkout.environment)
     wait_for(checkout.folder / "starting")

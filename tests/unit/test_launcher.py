@@ -63,14 +63,44 @@ def test_a_rank_of_torchrun_ends_with_it(run):
 
 
 def test_a_rank_whose_launcher_went_before_it_could_look_ends_at_once():
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    rank = start(RANK, LAUNCHER_PID=str(gone.pid))
+    rank = start(RANK, **named(gone_process()))
     assert rank.communicate(timeout=30)[0] == "" and rank.returncode == -signal.SIGKILL
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        # Of a container, where the number may be another process's.
+        {"GRU4RECF_LAUNCHER_PID_NAMESPACE": "pid:[1]"},
+        {"GRU4RECF_LAUNCHER_PID_NAMESPACE": ""},
+        {"GRU4RECF_LAUNCHER_PID": "none"},
+        # A site's own.
+        {"GRU4RECF_LAUNCHER_PID": "", "LAUNCHER_PID": "1"},
+    ],
+)
+def test_a_launcher_that_cannot_be_looked_for_is_not_taken_for_gone(told):
+    rank = start(RANK, **{**named(gone_process()), **told})
+    assert rank.stdout.readline() == f"{rank.pid}\n"
+    rank.kill()
+    rank.wait()
+
+
+def gone_process() -> int:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    return gone.pid
+
+
+def named(launcher: int) -> dict[str, str]:
+    """What tells a rank of its launcher."""
+    return {
+        "GRU4RECF_LAUNCHER_PID": str(launcher),
+        "GRU4RECF_LAUNCHER_PID_NAMESPACE": os.readlink("/proc/self/ns/pid"),
+    }
+
+
 def test_between_launcher_and_rank_there_may_be_others():
-    launcher = start(LAUNCHER, LAUNCHER_PID=str(os.getpid()))
+    launcher = start(LAUNCHER, **named(os.getpid()))
     assert psutil.Process(int(launcher.stdout.readline())).ppid() == launcher.pid != os.getpid()
     launcher.kill()
     launcher.wait()

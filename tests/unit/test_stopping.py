@@ -63,7 +63,7 @@ def test_a_second_signal_ends_the_process_at_once():
 def test_a_wish_from_before_the_start_is_in_a_file(tmp_path, there):
     if there:
         (tmp_path / "stop").touch()
-    process = start(0, STOP_FILE=str(tmp_path / "stop"))
+    process = start(0, GRU4RECF_STOP_FILE=str(tmp_path / "stop"))
     assert process.stdout.readline() == ("requested\n" if there else "ready\n")
     process.communicate()
 
@@ -90,7 +90,7 @@ def start_rank(file_seconds: float, state: str, stop_file: Path) -> subprocess.P
     process = subprocess.Popen(
         [sys.executable, "-c", STARTING, str(file_seconds), state],
         cwd=ROOT,
-        env={**os.environ, "STOP_FILE": str(stop_file)},
+        env={**os.environ, "GRU4RECF_STOP_FILE": str(stop_file)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -141,7 +141,7 @@ def test_a_rank_that_stopped_with_others_leaves_its_end_to_its_launcher(tmp_path
     process = subprocess.Popen(
         [sys.executable, "-c", STOPPED, "0.1" if what == "time" else "1000"],
         cwd=ROOT,
-        env={**os.environ, "STOP_FILE": stop_file},
+        env={**os.environ, "GRU4RECF_STOP_FILE": stop_file},
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -27,8 +27,8 @@ def with_given_figures(ranks: Ranks, function, *arguments) -> None:
     """Train while the validation split gives `FIGURES`."""
     evaluate = Evaluator.evaluate
 
-    def given(evaluator, model, split):
-        found = evaluate(evaluator, model, split)
+    def given(evaluator, model, split, *more):
+        found = evaluate(evaluator, model, split, *more)
         return {**found, "valid": {**found["valid"], "ndcg@10": FIGURES[HERE.step]}} if split == "valid" else found
 
     Evaluator.evaluate = given

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+BASELINES = ("popularity", "markov")
 # Where a run lies and where its data are says nothing of what comes out.
 _PLACES = ("data", "run_dir")
 
@@ -31,15 +32,22 @@ class Records:
         kept = self._kept.get(path, {}).get(str(seed))
         return kept if kept and kept["settings"] == self._digest(settings) else None
 
-    def put(self, path: str, settings: tuple[str, ...], seed: int, result: dict, metrics: list[str]) -> None:
-        """Keep the ``metrics`` of a run's ``result.json``."""
-        of_splits = {name: result[name] for name in ("test", "test_excluding_seen")}
-        chosen = {
-            name: {metric: figures[metric] for metric in metrics}
-            for name, figures in {**of_splits, **result["baselines"]}.items()
+    def put(
+        self, path: str, settings: tuple[str, ...], seed: int, result: dict, columns: list[tuple[str, str]]
+    ) -> None:
+        """Keep the ``columns`` (split, metric) of a run's ``result.json``, and of its baselines."""
+        kept: dict[str, dict[str, float]] = {}
+        for split, metric in columns:
+            kept.setdefault(split, {})[metric] = result[split][metric]
+            for baseline in BASELINES:
+                name = baseline + split.removeprefix("test")
+                kept.setdefault(name, {})[metric] = result["baselines"][name][metric]
+        best_epoch = result["best_step"] * result["epochs"] / result["steps"]
+        self._kept.setdefault(path, {})[str(seed)] = {
+            "settings": self._digest(settings),
+            "best_epoch": best_epoch,
+            **kept,
         }
-        counts = {name: result[name] for name in ("steps", "epochs", "best_step")}
-        self._kept.setdefault(path, {})[str(seed)] = {"settings": self._digest(settings), **counts, **chosen}
         whole = self._file.with_name(f"{self._file.name}.part")
         whole.write_text(json.dumps(self._kept, indent=1, sort_keys=True) + "\n")
         os.replace(whole, self._file)

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.result_records import Records
+from benchmarks.result_records import BASELINES, Records
 from gru4recf_dist import config as configuration
 from gru4recf_dist import typed_yaml
 from gru4recf_dist.config import Config
@@ -170,8 +170,8 @@ def _keep(records: Records, experiment: Experiment, seed: int, root: str) -> Non
     config = experiment.config(seed, root)
     if is_finished(config):
         result = storage.read_json(storage.join(config.run_dir, "result.json"))
-        metrics = sorted({metric for _, metric, _ in COLUMNS[experiment.data]})
-        records.put(experiment.path, experiment.settings, seed, result, metrics)
+        columns = [(split, metric) for split, metric, _ in COLUMNS[experiment.data]]
+        records.put(experiment.path, experiment.settings, seed, result, columns)
 
 
 def page(records: Records) -> str:
@@ -219,9 +219,8 @@ def _section(data: str, records: Records) -> str:
             for split, metric, _ in columns
         ]
         lines.append(["what features add", *differences, "", f"{len(both)}"])
-    for name in ("popularity", "markov") if baselines else ():
-        of_split = {"test": baselines[name], "test_excluding_seen": baselines[f"{name}_excluding_seen"]}
-        shown = [f"{of_split[split][metric]:.4f}" for split, metric, _ in columns]
+    for name in BASELINES if baselines else ():
+        shown = [f"{baselines[name + split.removeprefix('test')][metric]:.4f}" for split, metric, _ in columns]
         lines.append([{"markov": "first-order Markov chain"}.get(name, name), *shown, "", "baseline"])
     for name, figures in PUBLISHED[data]:
         lines.append([name, *("-" if figure is None else f"{figure:.4f}" for figure in figures), "", "published"])
@@ -235,7 +234,7 @@ def _cell(values: list[float], sign: str = "") -> str:
 
 
 def _epochs(results: list[dict]) -> str:
-    return f"{statistics.mean(result['best_step'] * result['epochs'] / result['steps'] for result in results):.0f}"
+    return f"{statistics.mean(result['best_epoch'] for result in results):.0f}"
 
 
 if __name__ == "__main__":

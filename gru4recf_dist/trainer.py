@@ -35,7 +35,7 @@ from gru4recf_dist.run_folder import check_run_folder
 from gru4recf_dist.schedule import factor
 from gru4recf_dist.shown_metrics import evaluation_scalars, final_names
 from gru4recf_dist.strategies import Phase, phase_of
-from gru4recf_dist.table.negatives import NegativeSampler, read_popularity
+from gru4recf_dist.table.negatives import AheadSampler, read_popularity
 from gru4recf_dist.training_step import MicroBatch, StepResult, TrainingStep
 
 RESULT = "result.json"
@@ -65,7 +65,7 @@ class Trainer:
         self.engine = make_engine(self.model.encoder, config, ranks)
         sampler = None
         if config.loss.samples:
-            sampler = NegativeSampler(self.popularity, config.loss, config.seed, item_arrays)
+            sampler = AheadSampler(self.popularity, config.loss, config.seed, item_arrays)
         objective = Objective(config, self.model.candidates, sampler)
         self.step = TrainingStep(config, self.model, self.engine, objective, ranks)
         self.evaluator = Evaluator(config, self.manifest, self.popularity, ranks)

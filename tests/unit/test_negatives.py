@@ -12,7 +12,7 @@ from gru4recf_dist.config import LossConfig
 from gru4recf_dist.data import storage
 from gru4recf_dist.data.shard_format import POPULARITY
 from gru4recf_dist.errors import UserError
-from gru4recf_dist.table.negatives import NegativeSampler, read_popularity
+from gru4recf_dist.table.negatives import AheadSampler, NegativeSampler, read_popularity
 from tests.support.synthetic import random_sessions, write_dataset
 
 KINDS = ["popularity", "log_uniform", "uniform"]
@@ -99,6 +99,30 @@ def test_a_draw_depends_on_seed_and_step_and_on_nothing_else(kind):
     other_seed = make_sampler(kind, counts, negatives=50, seed=1)
     draws = [tuple(np.repeat(draw.ids, draw.counts)) for draw in [*first, *(other_seed.draw(s) for s in range(5))]]
     assert len(set(draws)) == 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_drawn_a_step_ahead_is_what_the_step_would_draw(kind):
+    plain = make_sampler(kind, negatives=50)
+    ahead = AheadSampler(POPULARITY_COUNTS, LossConfig(sampler=kind, negatives=50), 0)
+    # In order, one again, one left out, and back.
+    for step in (1, 2, 3, 3, 4, 6, 7, 2, 3):
+        drawn, expected = ahead.draw(step), plain.draw(step)
+        np.testing.assert_array_equal(drawn.ids, expected.ids)
+        np.testing.assert_array_equal(drawn.counts, expected.counts)
+        np.testing.assert_array_equal(drawn.log_expected, expected.log_expected)
+
+
+def test_an_error_of_drawing_ahead_is_raised_in_the_step_that_it_concerns(monkeypatch):
+    sampler = AheadSampler(POPULARITY_COUNTS, LossConfig(negatives=50), 0)
+    sampler.draw(1)
+    sampler.draw(2)
+    ahead = sampler._ahead[1]
+    ahead.result()
+    monkeypatch.setattr(NegativeSampler, "_invert", lambda self, uniform: 1 / 0)
+    assert len(sampler.draw(3).ids)
+    with pytest.raises(ZeroDivisionError):
+        sampler.draw(4)
 
 
 def test_items_without_a_training_event_are_drawn_as_if_they_had_one():

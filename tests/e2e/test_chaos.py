@@ -27,7 +27,13 @@ from tests.support.training import final_state, logged_lines, small_config, trai
 
 EVENTS = int(os.environ.get("CHAOS_EVENTS", "3"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
-pytestmark = [pytest.mark.chaos, pytest.mark.e2e, pytest.mark.dist, pytest.mark.timeout(240 + 30 * EVENTS)]
+pytestmark = [
+    pytest.mark.chaos,
+    pytest.mark.e2e,
+    pytest.mark.dist,
+    pytest.mark.alone,
+    pytest.mark.timeout(240 + 30 * EVENTS),
+]
 
 WORLD = 2
 STEPS_PER_EPOCH = 20

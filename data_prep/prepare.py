@@ -88,8 +88,8 @@ class _Preparation:
         events, sessions, items = self._sessionize(good)
         known = self.known.stage(self.engine)
         parts, dropped = self._split(self._filter(events, items, known))
-        seed = self.recipe.seed
-        catalog = vocabulary.catalog(self.engine, parts, items, seed, known, self.known.items)
+        seed, order = self.recipe.seed, self.recipe.item_order
+        catalog = vocabulary.catalog(self.engine, parts, items, seed, known, self.known.items, order)
         catalog = self.engine.keep("catalog", catalog)
         self._count_splits(parts, dropped, catalog)
         streams = self._streams()

@@ -240,6 +240,10 @@ class Recipe(Section):
     source: str = Field(min_length=1, description="folder (or one file) of raw data: a path or fsspec URL")
     output: str = Field(min_length=1, description="folder of the data set: a path or fsspec URL")
     seed: int = Field(1, description="seed of the pseudo-random orders of items and sessions")
+    item_order: Literal["md5", "balanced"] = Field(
+        "md5",
+        description="of the item ids: pseudo-random, or so that every rank's rows hold items of every popularity alike",
+    )
     input: Input = Field(Input(), description="event files and column mapping")
     deduplicate: bool = Field(
         False, description="keep only the first of the events that agree in session (or user), item and time"

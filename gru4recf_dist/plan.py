@@ -100,7 +100,7 @@ def workload_of(given: argparse.Namespace) -> Workload:
     names = [f"data={given.data or 'none'}", "run_dir=none"]
     config = configuration.load(given.config, [*names, *given.overrides, *overrides], training=False)
     if given.data is not None:
-        for flag in ("items", "feature", "event_feature", "zipf"):
+        for flag in ("items", "feature", "event_feature", "zipf", "item_order"):
             if getattr(given, flag) is not None:
                 raise UserError(f"--{flag.replace('_', '-')}: the data set decides it; leave out --data or this")
         manifest = read_manifest(config.data)
@@ -110,14 +110,15 @@ def workload_of(given: argparse.Namespace) -> Workload:
             ItemFeature(spec, manifest.feature(spec.name).longest) for spec in feature_specs(config.model, manifest)
         )
         event_features = tuple(event_specs(config.model, manifest))
-        popular = popularity.of_counts(read_popularity(config.data, manifest)[1:])
+        balanced = manifest.recipe.get("item_order") == "balanced"
+        popular = popularity.of_counts(read_popularity(config.data, manifest)[1:], balanced)
     elif given.items is None:
         raise UserError("one of --items and --data must be given")
     else:
         items, events = given.items, 8.0
         features = tuple(_feature(text, place) for place, text in enumerate(given.feature or []))
         event_features = tuple(_event_feature(text, place) for place, text in enumerate(given.event_feature or []))
-        popular = popularity.zipf(items, 1.0 if given.zipf is None else given.zipf)
+        popular = popularity.zipf(items, 1.0 if given.zipf is None else given.zipf, given.item_order == "balanced")
     if config.batch_size // config.accumulation < given.gpus:
         raise UserError(
             f"--gpus: {given.gpus} ranks are more than the {config.batch_size // config.accumulation} sessions of a "
@@ -248,6 +249,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", help="a prepared data set, for items, popularity, features and session length")
     add("--items", _count, None, "N, without --data")
     add("--zipf", _number, None, "exponent of the items' popularity, without --data (default 1)")
+    parser.add_argument(
+        "--item-order", choices=("md5", "balanced"), help="of the ids, as in preparation, without --data (default md5)"
+    )
     parser.add_argument(
         "--feature",
         action="append",

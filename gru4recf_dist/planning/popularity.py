@@ -24,11 +24,13 @@ class Popularity:
         weight: float64 [G], events of one item of the group, or what they are proportional to.
         items: float64 [G], items of the group.
         events: of the whole log; None if it has no end, and draws are independent.
+        balanced: whether ids are in preparation's balanced order, and not in one of chance.
     """
 
     weight: np.ndarray
     items: np.ndarray
     events: float | None = None
+    balanced: bool = False
 
     def distinct(self, draws: float) -> float:
         """Expected distinct items among ``draws`` events: of a log with an end, drawn without replacement."""
@@ -42,10 +44,11 @@ class Popularity:
 
     def lookup_imbalance(self, draws: float, world: int) -> float:
         """Expected rows that the most asked rank is asked for, over the mean, where each of ``world`` ranks asks for
-        the distinct items among its own ``draws`` events and items lie on ranks by chance.
+        the distinct items among its own ``draws`` events.
 
         Items that hardly any step does without weigh most: all ranks ask the same one for them. The most popular are
-        dealt out one by one, over and over; of all others the spread is that of independent items.
+        dealt out one by one, over and over; of all others the spread is that of independent items. In the balanced
+        order ranks have as many of each popularity, and only who asks for them is left to chance.
         """
         if world == 1:
             return 1.0
@@ -56,12 +59,13 @@ class Popularity:
         hot = np.repeat(asked[single], self.items[single].astype(np.int64))
         rest = np.setdiff1d(falling, single)
         mean = asked[rest] @ self.items[rest]
-        spread = math.sqrt((asked[rest] * (1.0 + (world - 1.0) * asked[rest])) @ self.items[rest])
-        generator, most = np.random.default_rng(0), []
+        by_chance = 1.0 - asked[rest] if self.balanced else 1.0 + (world - 1.0) * asked[rest]
+        spread = math.sqrt((asked[rest] * by_chance) @ self.items[rest])
+        generator, most, in_turn = np.random.default_rng(0), [], np.arange(len(hot)) % world
         for _ in range(_DEALS):
             # Where few are asked for at all, numbers that are normal would fall below 0.
             loads = np.maximum(mean + spread * generator.standard_normal(world), 0.0)
-            owners = generator.integers(world, size=len(hot))
+            owners = in_turn if self.balanced else generator.integers(world, size=len(hot))
             loads += np.bincount(owners, generator.binomial(world, hot), minlength=world)
             if loads.any():
                 most.append(loads.max() / loads.mean())
@@ -99,20 +103,20 @@ class Popularity:
         return float((-np.expm1(self._log_left_out(events)) * missed) @ self.items)
 
 
-def zipf(items: int, exponent: float) -> Popularity:
+def zipf(items: int, exponent: float, balanced: bool = False) -> Popularity:
     """Popularity of the r-th item in proportion to r ** -exponent."""
     edges = _rank_edges(items)
     counts = np.diff(edges)
     # Beyond the exact ranks, a bucket's mean is that of the curve between half a rank before it and after it.
     middle = np.sqrt((edges[:-1] - 0.5) * (edges[1:] - 0.5))
     weight = np.where(counts == 1, edges[:-1] ** -exponent, middle**-exponent)
-    return Popularity(weight, counts)
+    return Popularity(weight, counts, balanced=balanced)
 
 
-def of_counts(counts: np.ndarray) -> Popularity:
+def of_counts(counts: np.ndarray, balanced: bool = False) -> Popularity:
     """Popularity as the training events of each item, int64 [N]."""
     weight, items = np.unique(counts, return_counts=True)
-    return Popularity(weight.astype(np.float64), items.astype(np.float64), float(counts.sum()))
+    return Popularity(weight.astype(np.float64), items.astype(np.float64), float(counts.sum()), balanced)
 
 
 def _rank_edges(items: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from gru4recf_dist.planning import memory, popularity, speed, wire
 from gru4recf_dist.planning.workload import ItemFeature, Workload, expected_counts
 from gru4recf_dist.table.negatives import NegativeSampler
 from gru4recf_dist.table.partition import RowPartition
+from tests.support.synthetic import random_sessions, write_dataset
 
 GIB = 1 << 30
 
@@ -43,21 +44,24 @@ def test_distinct_items_of_a_log_are_those_of_drawing_from_it():
     assert popularity.of_counts(counts).distinct(150) == pytest.approx(np.mean(drawn), rel=0.01)
 
 
+@pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize(("world", "draws"), [(4, 600), (16, 600), (64, 300)])
-def test_the_most_asked_rank_is_that_of_items_dealt_to_ranks(world, draws):
+def test_the_most_asked_rank_is_that_of_items_dealt_to_ranks(world, draws, balanced):
     """Few ranks are even, many are not: an item that all of them ask for is one rank's work."""
     items, seen = 20_000, []
     mass = np.cumsum(1.0 / np.arange(1, items + 1))
     for seed in range(30):
         generator = np.random.default_rng(seed)
-        owner, asked = generator.integers(world, size=items), np.zeros(world)
+        owner = np.arange(items) % world if balanced else generator.integers(world, size=items)
+        asked = np.zeros(world)
         for _ in range(world):
             ids = np.unique(np.searchsorted(mass, generator.random(draws) * mass[-1]))
             asked += np.bincount(owner[ids], minlength=world)
         seen.append(asked.max() / asked.mean())
-    expected = popularity.zipf(items, 1.0).lookup_imbalance(draws, world)
+    popular = popularity.zipf(items, 1.0, balanced)
+    expected = popular.lookup_imbalance(draws, world)
     assert expected == pytest.approx(np.mean(seen), abs=4 * np.std(seen) / np.sqrt(len(seen)))
-    assert popularity.zipf(items, 1.0).lookup_imbalance(draws, 1) == 1.0
+    assert popular.lookup_imbalance(draws, 1) == 1.0
 
 
 @pytest.mark.parametrize("draws", [1, 2, 5])
@@ -192,6 +196,24 @@ def test_the_program_prints_tables_or_json(capsys):
     assert "IT DOES NOT FIT: " in (text := capsys.readouterr().out) and f"it takes {plan['gpus_needed']} GPUs" in text
 
 
+def test_a_balanced_catalog_is_planned_as_one(capsys, tmp_path):
+    """Told by a flag, or by the recipe that a data set was prepared with."""
+    given, found = ["--items", "1000000", "--gpus", "64", "--batch", "8192", "--json"], []
+    for order in ("md5", "balanced"):
+        assert main([*given, "--item-order", order]) == 0
+        found.append(json.loads(capsys.readouterr().out)["counts"]["lookup_imbalance"])
+    assert found[1] < 1.12 < 1.25 < found[0]
+
+    write_dataset(str(tmp_path), random_sessions(0, 80, items=30), random_sessions(1, 9, 30), random_sessions(2, 9, 30))
+    given, found = ["--data", str(tmp_path), "--gpus", "8", "--batch", "64", "--json"], []
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    for order in ("md5", "balanced"):
+        (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "recipe": {"item_order": order}}))
+        assert main(given) == 0
+        found.append(json.loads(capsys.readouterr().out)["counts"]["lookup_imbalance"])
+    assert found[1] < found[0]
+
+
 def test_negatives_of_the_batch_alone_need_no_sampler(capsys):
     arguments = ["--items", "1000", "loss.name=bpr", "loss.in_batch=all"]
     found = []
@@ -222,6 +244,7 @@ def test_negatives_of_the_batch_alone_need_no_sampler(capsys):
         (["--items", "100", "--itemz", "3"], "--itemz"),
         (["--data", "nowhere"], "nowhere/manifest.json: no such file"),
         (["--data", "nowhere", "--zipf", "1"], "--zipf: the data set decides it"),
+        (["--data", "nowhere", "--item-order", "md5"], "--item-order: the data set decides it"),
     ],
 )
 def test_errors_are_one_line(capsys, arguments, message):

@@ -159,7 +159,7 @@ def test_given_files_of_parquet(tmp_path):
         **{"train_files": ["a.parquet", "b.parquet"], "test_files": ["c.parquet"]},
     }
     content = {"source": str(tmp_path), "input": given, "split": {"method": "files", "valid_share": 0.2}}
-    data = run_both(tmp_path, {**content, "min_item_support": 3})
+    data = run_both(tmp_path, {**content, "min_item_support": 3, "item_order": "balanced"})
     assert all(data.manifest["splits"][name]["sessions"] for name in ("train", "valid", "test"))
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gru4recf_dist.table.partition import RowPartition
 from tests.unit.data_prep.prepared import Prepared, by_session, random_rows, run, write_csv
 
 
@@ -180,3 +181,42 @@ def test_default_number_of_streams_follows_the_size():
 
     expected = {1: 8, 4096 * 8: 8, 4096 * 16 - 1: 8, 4096 * 16: 16, 4096 * 700: 512, 10**9: 1024}
     assert {sessions: choose_streams(sessions) for sessions in expected} == expected
+
+
+@pytest.fixture(scope="module")
+def zipf(tmp_path_factory) -> dict[str, Prepared]:
+    """Events whose items follow Zipf's law, by the order of the ids."""
+    folder, mass = tmp_path_factory.mktemp("zipf"), 1.0 / np.arange(1, 20_001)
+    items = np.random.default_rng(0).choice(len(mass), (6000, 8), p=mass / mass.sum())
+    write_csv(folder / "raw.csv", [(f"s{n}", f"i{item}", n) for n, row in enumerate(items) for item in row])
+    content = {
+        "source": str(folder / "raw.csv"),
+        "input": {"format": "csv"},
+        "split": {"method": "temporal"},
+        "seed": 3,
+    }
+    for order in ("md5", "balanced"):
+        run({**content, "output": str(folder / order)}, item_order=order)
+    return {order: Prepared(folder / order) for order in ("md5", "balanced")}
+
+
+def test_the_balanced_order_gives_every_stretch_of_ids_items_of_every_popularity(zipf):
+    data = zipf["balanced"]
+    falling = sorted(data.ids, key=lambda token: (-data.popularity[data.ids[token]], md5(3, token)))
+    places = {token: place for place, token in enumerate(falling)}
+    in_order = sorted(data.ids, key=lambda token: f"{places[token]:031b}"[::-1])
+    assert data.ids == {token: number for number, token in enumerate(in_order, start=1)}
+
+
+@pytest.mark.parametrize(("world", "events"), [(16, 1280), (48, 2500), (64, 2500)])
+def test_the_balanced_order_loads_many_ranks_evenly(zipf, world, events):
+    """Each rank asks for the distinct items of its events: rows asked of the most loaded rank, over the mean."""
+
+    def imbalance(popularity: np.ndarray) -> float:
+        partition, generator = RowPartition(len(popularity), world), np.random.default_rng(1)
+        draws = generator.choice(len(popularity), (20, world, events), p=popularity / popularity.sum())
+        asked = [sum(partition.split(np.unique(each)) for each in step) for step in draws]
+        return float(np.mean([counts.max() / counts.mean() for counts in asked]))
+
+    assert imbalance(zipf["balanced"].popularity) <= 1.1
+    assert world < 48 or imbalance(zipf["md5"].popularity) > 1.15

@@ -111,7 +111,7 @@ class NegativeSampler:
 class AheadSampler(NegativeSampler):
     """A sampler that draws the next step's negatives in a thread while the present step is made.
 
-    At 10^7 items the draws of a step miss the processor's caches for a millisecond or two, for which no step then waits.
+    At 10^7 items a step's draws miss the processor's caches for a millisecond or two, for which no step then waits.
     """
 
     _ahead: tuple[int, Future[Negatives]] | None = None

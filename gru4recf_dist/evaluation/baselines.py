@@ -1,15 +1,18 @@
 """What a model must beat: popularity, and a first-order Markov chain over items. Both with ties broken at random.
 
-They are counted on one process from the training shards: integers and sorted arrays of the number of transitions.
+They are counted on one process from the training shards: integers, and sorted arrays of those distinct transitions that
+begin at an item which the evaluated sessions ask for.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from gru4recf_dist.data import columns
-from gru4recf_dist.data.batches import pack_queries
+from gru4recf_dist.data.batches import QueryBatch, pack_queries
 from gru4recf_dist.data.shard_format import Manifest
 from gru4recf_dist.data.shards import read_blocks
 from gru4recf_dist.evaluation.metrics import ExpectedOverTies
@@ -37,12 +40,16 @@ class Popularity:
 
 
 class MarkovChain:
-    """Scores an item by how often it followed the session's last item in training."""
+    """Scores an item by how often it followed the session's last item in training.
 
-    def __init__(self, data: str, manifest: Manifest, on_bad_shard: str = "fail") -> None:
+    Args:
+        sources: the items that sessions will end with, ascending: no transition from another one is kept.
+    """
+
+    def __init__(self, data: str, manifest: Manifest, sources: np.ndarray, on_bad_shard: str = "fail") -> None:
         self._items = manifest.items
         self._base = manifest.items + 1
-        keys, counts = _transitions(data, manifest, self._base, on_bad_shard)
+        keys, counts = _transitions(data, manifest, sources, self._base, on_bad_shard)
         # A last key above all others: a search for any pair ends at a place.
         self._keys = np.append(keys, np.iinfo(np.int64).max)
         self._counts = np.append(counts, 0)
@@ -64,19 +71,38 @@ class MarkovChain:
         return np.where(scores > 0, stop - high, stop - start), tied
 
 
-def _transitions(data: str, manifest: Manifest, base: int, on_bad_shard: str) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct pairs of consecutive training items as keys ``item * base + next``, ascending, and their counts."""
+def _transitions(
+    data: str, manifest: Manifest, sources: np.ndarray, base: int, on_bad_shard: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct pairs of consecutive training items, the first one of ``sources``, as keys ``item * base + next``,
+    ascending, and their counts."""
     merged, counts = np.empty(0, np.int64), np.empty(0, np.int64)
     for shard in manifest.splits["train"].shards:
         keys = [np.empty(0, np.int64)]
         for block in read_blocks(data, shard, manifest.items, on_bad_shard, manifest.event_features):
             first = columns.ragged_arange(block.lengths) == 0
             items = block.items.astype(np.int64)
-            keys.append((items[:-1] * base + items[1:])[~first[1:]])
+            pairs = ~first[1:] & _are_in(sources, items[:-1])
+            keys.append((items[:-1] * base + items[1:])[pairs])
         new, new_counts = np.unique(np.concatenate(keys), return_counts=True)
         merged, places = np.unique(np.concatenate([merged, new]), return_inverse=True)
         counts = np.bincount(places, np.concatenate([counts, new_counts]), len(merged)).astype(np.int64)
     return merged, counts
+
+
+def _are_in(ascending: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """Which of ``items`` are among others; bool, of the shape of ``items``."""
+    if not len(ascending):
+        return np.zeros(len(items), bool)
+    return ascending[np.minimum(np.searchsorted(ascending, items), len(ascending) - 1)] == items
+
+
+def _last_items(queries: Iterator[QueryBatch]) -> np.ndarray:
+    """The distinct items that queries end with, ascending."""
+    distinct = np.empty(0, np.int64)
+    for batch in queries:
+        distinct = np.union1d(distinct, batch.items[batch.positions].numpy())
+    return distinct
 
 
 def evaluate_baselines(
@@ -97,12 +123,17 @@ def evaluate_baselines(
     Returns:
         by name: ``popularity``, ``markov``, and both with the suffix ``_excluding_seen``.
     """
-    baselines = {"popularity": Popularity(popularity), "markov": MarkovChain(data, manifest, on_bad_shard)}
+
+    def queries() -> Iterator[QueryBatch]:
+        for block in read_batches(data, manifest, split, batch_sessions, on_bad_shard=on_bad_shard):
+            # The history is never cut here: a baseline sees what the session holds.
+            longest = max(int(block.lengths.max()), 2)
+            yield pack_queries(block, longest, context=0, every_position=protocol == "every_position")
+
+    markov = MarkovChain(data, manifest, _last_items(queries()), on_bad_shard)
+    baselines = {"popularity": Popularity(popularity), "markov": markov}
     expected = {f"{name}{suffix}": ExpectedOverTies(ks) for name in baselines for suffix in ("", "_excluding_seen")}
-    for block in read_batches(data, manifest, split, batch_sessions, on_bad_shard=on_bad_shard):
-        # The history is never cut here: a baseline sees what the session holds.
-        longest = max(int(block.lengths.max()), 2)
-        batch = pack_queries(block, longest, context=0, every_position=protocol == "every_position")
+    for batch in queries():
         last, targets = batch.items[batch.positions].numpy(), batch.targets.numpy()
         trained = popularity[targets] > 0
         repeated = batch.seen.contain(batch.targets).numpy()

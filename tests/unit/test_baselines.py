@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from gru4recf_dist.evaluation.baselines import evaluate_baselines
+from gru4recf_dist.evaluation.baselines import MarkovChain, evaluate_baselines
 from gru4recf_dist.table.negatives import read_popularity
 from tests.support.synthetic import random_sessions, write_dataset
 
@@ -118,3 +118,18 @@ def test_training_sessions_of_one_event_have_no_transition(tmp_path):
 def test_sessions_without_any_target_give_zero(tmp_path):
     ours = _check(str(tmp_path), _sessions(0, 30), [np.array([i], np.int32) for i in (1, 2, 3)], "every_position")
     assert set(ours["popularity"].values()) == {0.0}
+
+
+def test_only_transitions_that_the_split_asks_for_are_kept(tmp_path, monkeypatch):
+    kept, train = [], _sessions(0, 60)
+
+    def count(chain, *arguments) -> None:
+        build(chain, *arguments)
+        kept.append(len(chain._counts) - 1)
+
+    build = MarkovChain.__init__
+    monkeypatch.setattr(MarkovChain, "__init__", count)
+    # In leave-one-out, each session asks for what follows its last item but one.
+    _check(str(tmp_path), train, [np.array(s, np.int32) for s in ([3, 4, 5], [9, 4, 7], [4, 8, 2])], "leave_one_out")
+    pairs = {(int(a), int(b)) for session in train for a, b in pairwise(session)}
+    assert set(kept) == {len([pair for pair in pairs if pair[0] in (4, 8)])}

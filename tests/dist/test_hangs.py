@@ -28,7 +28,7 @@ from tests.dist.test_engines import data  # noqa: F401 (a fixture)
 from tests.support.ranks import run_ranks
 from tests.support.training import logged_lines, small_config
 
-pytestmark = [pytest.mark.dist, pytest.mark.alone]
+pytestmark = [pytest.mark.dist, pytest.mark.clock]
 ROOT = Path(__file__).parents[2]
 
 TIMEOUT_SECONDS = 4

@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.chaos,
     pytest.mark.e2e,
     pytest.mark.dist,
-    pytest.mark.alone,
+    pytest.mark.clock,
     pytest.mark.timeout(240 + 30 * EVENTS),
 ]
 

@@ -26,7 +26,7 @@ from tests.support.s3 import free_ports
 from tests.support.synthetic import random_sessions, write_dataset
 from tests.support.training import final_state, logged_lines, small_config, train, whole
 
-pytestmark = [pytest.mark.e2e, pytest.mark.dist, pytest.mark.alone]
+pytestmark = [pytest.mark.e2e, pytest.mark.dist, pytest.mark.clock]
 ROOT = Path(__file__).parents[2]
 STEPS = 640
 OPTIONS = (

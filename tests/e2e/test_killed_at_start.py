@@ -11,7 +11,7 @@ from tests.support.chaos import ChaosRun
 from tests.support.synthetic import random_sessions, write_dataset
 from tests.support.training import small_config
 
-pytestmark = [pytest.mark.e2e, pytest.mark.dist, pytest.mark.alone]
+pytestmark = [pytest.mark.e2e, pytest.mark.dist, pytest.mark.clock]
 
 
 def test_ranks_that_wait_for_one_that_was_killed_end_by_themselves(tmp_path):

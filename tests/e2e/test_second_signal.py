@@ -20,7 +20,7 @@ from tests.support.ranks import run_ranks
 from tests.support.synthetic import random_sessions, write_dataset
 from tests.support.training import logged_lines, small_config, train, whole
 
-pytestmark = [pytest.mark.e2e, pytest.mark.dist, pytest.mark.alone]
+pytestmark = [pytest.mark.e2e, pytest.mark.dist, pytest.mark.clock]
 ROOT = Path(__file__).parents[2]
 
 # The program itself, on a storage that hangs in the middle of each file of a checkpoint from step 6 on.

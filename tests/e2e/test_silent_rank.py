@@ -19,7 +19,7 @@ from tests.support.launched import rank_process
 from tests.support.synthetic import random_sessions, write_dataset
 from tests.support.training import logged_lines, small_config
 
-pytestmark = [pytest.mark.e2e, pytest.mark.dist, pytest.mark.alone]
+pytestmark = [pytest.mark.e2e, pytest.mark.dist, pytest.mark.clock]
 ROOT = Path(__file__).parents[2]
 
 

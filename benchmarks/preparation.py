@@ -27,6 +27,7 @@ from data_prep.prepare import prepare
 from data_prep.recipe import Recipe
 from gru4recf_dist import typed_yaml
 from gru4recf_dist.errors import exits_cleanly
+from gru4recf_dist.frames import current_frames
 
 DEFAULTS = ("memory_limit_gib=2", "threads=2")
 PACKAGE = str(Path(__file__).parents[1] / "data_prep")
@@ -139,7 +140,7 @@ class _StepClock(threading.Thread):
     def run(self) -> None:
         before = time.perf_counter()
         while not self._ended.wait(SAMPLE_SECONDS):
-            step = _step_of(sys._current_frames()[self._main])
+            step = _step_of(current_frames()[self._main])
             now = time.perf_counter()
             self.seconds[step] += now - before
             resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d
 
 from gru4recf_dist.errors import UserError, redacted
+from gru4recf_dist.frames import current_frames
 from gru4recf_dist.parallel.whereabouts import HERE, Position, Whereabouts
 
 # Shares of the time-out after which a rank that does not get on listens to what the others tell, and then looks for who
@@ -182,7 +183,7 @@ def flight_recorder() -> bytes | None:
 
 def stacks() -> str:
     """What every other thread of this process is doing, the one that trains first."""
-    frames = sys._current_frames()
+    frames = current_frames()
     threads = sorted(threading.enumerate(), key=lambda thread: thread is not threading.main_thread())
     return "\n".join(
         f"thread {thread.name}:\n{''.join(traceback.format_stack(frames[thread.ident]))}"

@@ -14,9 +14,9 @@ from typing import Any
 
 TIMEOUT_SECONDS = 20
 
-# The server imports torch once; every rank is a fork of it. Optimizers import torch._dynamo when they are made.
+# Its server imports torch once; every rank is a fork of it.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.tensor", "gru4recf_dist.trainer"])
+_context.set_forkserver_preload(["tests.support.preloaded"])
 
 
 class RankFailed(AssertionError):

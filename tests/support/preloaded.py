@@ -1,0 +1,13 @@
+"""What the server of ranks imports before it forks the first: modules that every rank would import anew otherwise."""
+
+from __future__ import annotations
+
+import gc
+
+import torch._dynamo  # noqa: F401 - what optimizers import when they are made
+import torch.distributed.tensor  # noqa: F401
+
+import gru4recf_dist.trainer  # noqa: F401
+
+# A collection in a fork would write to, and so copy, the pages of everything that is here already.
+gc.freeze()

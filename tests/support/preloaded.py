@@ -1,10 +1,13 @@
-"""What the server of ranks imports before it forks the first: modules that every rank would import anew otherwise."""
+"""What the server of ranks imports before it forks the first: modules that every rank would import anew otherwise.
+
+torch._dynamo is what optimizers import when they are made.
+"""
 
 from __future__ import annotations
 
 import gc
 
-import torch._dynamo  # noqa: F401 - what optimizers import when they are made
+import torch._dynamo
 import torch.distributed.tensor  # noqa: F401
 
 import gru4recf_dist.trainer  # noqa: F401

@@ -18,10 +18,10 @@ quickstart: .venv/.installed ## fetch MovieLens-100k, prepare it, train on 2 ran
 	$(BIN)/torchrun --standalone --nproc_per_node=2 train.py run_dir=$(RUN_DIR)
 	@$(BIN)/python -m gru4recf_dist.results_table $(RUN_DIR)
 
-# What runs on any machine: first all that takes whole cores, then the tests that mostly wait, with an eye on the clock.
+# What runs on any machine: two files at a time, and then the tests that watch several processes by the clock, alone.
 HERE = not gpu and not slurm and not recbole
-# At a time. Of the first, in the order of the folders: files of seconds come last, and fill the end.
-TWO_FILES = -n 2 --dist=loadfile
+# In the order of the folders: files of seconds come last, and fill the end.
+TWO_FILES = -n 2 --dist=loadfile --no-loadscope-reorder
 # With ARGS="-k ..." one of the two parts may have nothing to run, which pytest answers by 5.
 OR_NONE = $(if $(ARGS),|| [ $$? = 5 ])
 
@@ -31,8 +31,8 @@ HAS_JAVA = java -version >/dev/null 2>&1
 test: .venv/.installed .venv-mitmproxy/.installed ## run the tests, without root (not those that need a GPU or a SLURM cluster)
 	@$(HAS_JAVA) || [ "$$(id -u)" != 0 ] || { apt-get update -q && apt-get install -y -q --no-install-recommends default-jre-headless; } \
 		|| echo 'no Java could be installed: the tests on Spark will be skipped'
-	$(BIN)/python -m pytest -m "$(HERE) and not clock" $(TWO_FILES) --no-loadscope-reorder $(ARGS) $(OR_NONE)
-	$(BIN)/python -m pytest -m "$(HERE) and clock" $(TWO_FILES) $(ARGS) $(OR_NONE)
+	$(BIN)/python -m pytest -m "$(HERE) and not clock" $(TWO_FILES) $(ARGS) $(OR_NONE)
+	$(BIN)/python -m pytest -m "$(HERE) and clock" $(ARGS) $(OR_NONE)
 
 # The cluster's daemons start jobs as their owners, so only root can run them.
 SLURM_PACKAGES = slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge

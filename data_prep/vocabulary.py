@@ -40,10 +40,10 @@ def catalog(
     """Every item of any split: `item` (code), `token`, `id` from 1 on, `popularity` (its training events).
 
     Args:
-        item_order: of new ids. `md5`, of seed and token; or `balanced`, in which every rank's rows hold items of every
-            popularity alike, by these splits' training events, whatever the number of ranks.
         known: `token`, `id` and `popularity` of the ``known_items`` items that a data set has already. They keep their
             ids, the others get those that follow; popularity is the sum. None: there is no data set yet.
+        item_order: of new ids. `md5`, of seed and token; or `balanced`, in which every rank's rows hold items of every
+            popularity alike, by these splits' training events, whatever the number of ranks.
     """
     used = [events.select("item") for events in splits.values()]
     distinct = ibis.union(*used).distinct()

@@ -23,8 +23,10 @@ FILE_SECONDS = 3.0
 LAUNCHER_SECONDS = 30.0
 
 _first: float | None = None
-# What signals are written to until everyone is here.
-_wakeup: int | None = None
+# What the system writes the signals' numbers to, for `_watch`.
+_signals: int | None = None
+# What tells, while the ranks start, a wish to stop from torchrun's ending this rank for another.
+_stop_file_at_start: Path | None = None
 _everyone_is_here = threading.Event()
 
 
@@ -32,11 +34,18 @@ def catch_signals() -> None:
     """From now on the first signal is a wish to stop (`requested`), and a second one ends the process at once.
 
     What comes within `COPIES_SECONDS` of the first is a copy of it. If $GRU4RECF_STOP_FILE names a file that is there,
-    the wish came before this process could catch it.
+    the wish came before this process could catch it. Call from the main thread.
     """
-    global _first
+    global _first, _signals
+    if _signals is None:
+        reading, _signals = os.pipe()
+        os.set_blocking(_signals, False)
+        threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
+    # Python runs no handler while torch waits for the other ranks, in C++, and the next signal would be taken for the
+    # same one. This is written to even then.
+    signal.set_wakeup_fd(_signals, warn_on_full_buffer=False)
     for number in SIGNALS:
-        signal.signal(number, _note)
+        signal.signal(number, _leave_to_watch)
     # After the handlers: whoever asks makes the file before sending the signal, so one of both is seen.
     stop_file = os.environ.get("GRU4RECF_STOP_FILE")
     if stop_file and _first is None and Path(stop_file).exists():
@@ -52,27 +61,16 @@ def end_if_others_do_not_come() -> None:
     """Until `everyone_is_here`, end the process at once on a SIGTERM that is no wish to stop.
 
     With a wish, the file that $GRU4RECF_STOP_FILE names is there. Without that variable nothing tells the two apart,
-    and nothing is done. Call from the main thread.
+    and nothing is done.
     """
-    global _wakeup
+    global _stop_file_at_start
     stop_file = os.environ.get("GRU4RECF_STOP_FILE")
-    if not stop_file:
-        return
-    reading, _wakeup = os.pipe()
-    os.set_blocking(_wakeup, False)
-    # Python runs no handler while torch waits for the other ranks, in C++. This is written to even then.
-    signal.set_wakeup_fd(_wakeup, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(reading, Path(stop_file)), name="start", daemon=True).start()
+    _stop_file_at_start = Path(stop_file) if stop_file else None
 
 
 def everyone_is_here() -> None:
     """The ranks are connected: from now on each of them notices the end of another by itself."""
-    global _wakeup
     _everyone_is_here.set()
-    if _wakeup is not None:
-        signal.set_wakeup_fd(-1)
-        os.close(_wakeup)
-        _wakeup = None
 
 
 def is_announced() -> bool:
@@ -92,23 +90,31 @@ def leave_end_to_launcher() -> None:
         time.sleep(0.05)
 
 
-def _watch(reading: int, stop_file: Path) -> None:
-    with open(reading, "rb", buffering=0) as numbers:
-        while number := numbers.read(1):
-            if number[0] != signal.SIGTERM:
-                continue
-            deadline = time.monotonic() + FILE_SECONDS
-            while not stop_file.exists():
-                if time.monotonic() > deadline:
-                    os._exit(128 + signal.SIGTERM)
-                if _everyone_is_here.wait(0.05):
-                    return
-
-
-def _note(number: int, frame: object) -> None:
+def _watch(reading: int) -> None:
     global _first
-    if _first is None:
-        _first = time.monotonic()
-    elif time.monotonic() - _first > COPIES_SECONDS:
-        # Not by an exception: whatever hangs could catch it. A checkpoint that is being written stays incomplete.
-        os._exit(128 + number)
+    with open(reading, "rb", buffering=0) as numbers:
+        while byte := numbers.read(1):
+            number, now = byte[0], time.monotonic()
+            if number not in SIGNALS:
+                continue
+            if _first is None:
+                _first = now
+            elif now - _first > COPIES_SECONDS:
+                # Not by an exception: whatever hangs could catch it. A checkpoint that is being written stays
+                # incomplete.
+                os._exit(128 + number)
+            if number == signal.SIGTERM and _stop_file_at_start is not None and not _everyone_is_here.is_set():
+                threading.Thread(target=_end_unless_wished, args=(_stop_file_at_start,), daemon=True).start()
+
+
+def _end_unless_wished(stop_file: Path) -> None:
+    deadline = time.monotonic() + FILE_SECONDS
+    while not stop_file.exists():
+        if time.monotonic() > deadline:
+            os._exit(128 + signal.SIGTERM)
+        if _everyone_is_here.wait(0.05):
+            return
+
+
+def _leave_to_watch(number: int, frame: object) -> None:
+    """A handler of Python: without one, the system would end the process instead of telling `_watch`."""

@@ -86,7 +86,7 @@ def _worker(config: Config, steps: int) -> None:
         seconds, events = [], 0
         while len(seconds) < steps:
             for block in trainer.loader:
-                batches = trainer.step.prepare(block)
+                batches = trainer.ahead.prepare(block)
                 started = time.perf_counter()
                 events += trainer.update(batches).events
                 seconds.append(time.perf_counter() - started)

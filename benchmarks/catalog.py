@@ -96,7 +96,7 @@ def _measure(config: Config, steps: int, skip: int) -> None:
     trainer = Trainer(config, ranks)
     seconds: list[float] = []
     while len(seconds) < skip + steps:
-        with closing(trainer.loader.prepared(trainer.step.prepare)) as batches:
+        with closing(trainer.loader.prepared(trainer.ahead.prepare)) as batches:
             left = trainer.loader.steps_left
             for _ in range(min(left, skip + steps - len(seconds))):
                 started = time.perf_counter()

@@ -28,8 +28,8 @@ from gru4recf_dist.errors import exits_cleanly
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.planning import speed
 from gru4recf_dist.planning.workload import expected_counts
+from gru4recf_dist.steps_ahead import PreparedStep
 from gru4recf_dist.trainer import Trainer
-from gru4recf_dist.training_step import MicroBatch
 
 CASES = {
     "few negatives": ("batch_size=256", "loss.negatives=256", "model.hidden_size=64"),
@@ -96,10 +96,10 @@ def _measure(arguments: argparse.Namespace) -> None:
         print(json.dumps(rounds), flush=True)
 
 
-def _batches(trainer: Trainer) -> Generator[list[MicroBatch]]:
+def _batches(trainer: Trainer) -> Generator[PreparedStep]:
     """Of one epoch after the other."""
     while True:
-        with closing(trainer.loader.prepared(trainer.step.prepare)) as batches:
+        with closing(trainer.loader.prepared(trainer.ahead.prepare)) as batches:
             yield from batches
 
 

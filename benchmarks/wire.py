@@ -29,8 +29,7 @@ from gru4recf_dist.parallel import collectives, traffic
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.parallel.replicated import parameter_bytes
 from gru4recf_dist.recommender import feature_specs
-from gru4recf_dist.table.item_table import Exchange
-from gru4recf_dist.table.partition import Routing
+from gru4recf_dist.steps_ahead import PreparedStep
 from gru4recf_dist.trainer import Trainer
 
 
@@ -78,10 +77,11 @@ def _worker(config: Config) -> None:
     least = _Least(trainer)
     sent, update = traffic.Traffic(), trainer.update
 
-    def counted(batches):
+    def counted(prepared):
         nonlocal sent
         before, least.counts = traffic.TOTAL.copy(), True
-        done = update(batches)
+        least.count(prepared)
+        done = update(prepared)
         sent, least.counts = sent + (traffic.TOTAL - before), False
         return done
 
@@ -101,7 +101,7 @@ def _worker(config: Config) -> None:
 
 
 class _Least:
-    """The least that this rank could send while ``counts`` is set, from what it asks of the table.
+    """The least that this rank could send, from what it asks of the table; of negatives, while ``counts`` is set.
 
     A rank's rows for others are counted where they are asked for: sums over the ranks are the same.
     """
@@ -118,11 +118,12 @@ class _Least:
         self._feature_bytes = 4 * sum(
             {"token_seq": feature.longest, "vector": feature.size}.get(feature.kind, 1) for feature in features
         )
-        self._exchange, self._gather = table.exchange, table.gather
-        table.exchange, table.gather = self._asked, self._gathered
+        self._gather, table.gather = table.gather, self._gathered
 
-    def _asked(self, routing: Routing) -> Exchange:
-        if self.counts:
+    def count(self, prepared: PreparedStep) -> None:
+        """All of a step but its negatives."""
+        for exchanges in prepared.told().exchanges:
+            routing = exchanges.inputs.routing
             remote = len(routing.ids) - int(routing.send[self._rank])
             self._add(ids=8 * remote, features=self._feature_bytes * remote)
             self._add(rows=self._row_bytes * remote, row_gradients=self._row_bytes * remote)
@@ -132,7 +133,6 @@ class _Least:
                 self._add(partial_sums=self._value_bytes * events, partial_sum_gradients=self._value_bytes * events)
             elif self._config.loss.in_batch:
                 self._add(batch_targets=4 * events)
-        return self._exchange(routing)
 
     def _gathered(self, ids: np.ndarray) -> torch.Tensor:
         if self.counts:

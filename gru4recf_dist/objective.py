@@ -10,7 +10,8 @@ from gru4recf_dist.data.batches import PackedBatch
 from gru4recf_dist.model import losses
 from gru4recf_dist.model.ranking_losses import ranking_loss
 from gru4recf_dist.parallel import collectives
-from gru4recf_dist.table.batch_negatives import StepProposal, gather_targets
+from gru4recf_dist.parallel.ranks import Ranks
+from gru4recf_dist.table.batch_negatives import BatchTargets, StepProposal, gather_targets
 from gru4recf_dist.table.candidates import Candidates
 from gru4recf_dist.table.negatives import NegativeSampler
 
@@ -25,21 +26,30 @@ class Objective:
     def __init__(self, config: Config, candidates: Candidates, sampler: NegativeSampler | None) -> None:
         self.config, self.candidates, self.sampler = config.loss, candidates, sampler
 
-    def propose(self, batches: list[PackedBatch], step: int) -> StepProposal | None:
-        """The negatives of a step, the same on every rank and for any number of ranks; None with full softmax.
+    def batch_targets(self, batches: list[PackedBatch], ranks: Ranks) -> BatchTargets | None:
+        """The targets of a step's global batch, of which `propose` draws; None if it draws of the sampler alone.
 
         Args:
             batches: all of this rank's micro-batches.
+            ranks: with the group to talk over.
+        """
+        if self.sampler is None or not self.config.in_batch:
+            return None
+        return gather_targets([batch.targets for batch in batches], ranks)
+
+    def propose(self, targets: BatchTargets | None, step: int) -> StepProposal | None:
+        """The negatives of a step, the same on every rank and for any number of ranks; None with full softmax.
+
+        Args:
+            targets: of `batch_targets`.
             step: number of the update.
         """
         if self.sampler is None:
             return None
-        targets, in_batch = None, self.config.in_batch
-        if in_batch:
-            targets = gather_targets([batch.targets for batch in batches], self.candidates.ranks)
-            if in_batch == "all":
-                # As many draws as there are targets take each of them once.
-                in_batch = int(targets.counts.sum())
+        in_batch = self.config.in_batch
+        if in_batch == "all":
+            # As many draws as there are targets take each of them once.
+            in_batch = int(targets.counts.sum())
         return StepProposal(self.sampler, in_batch, targets, step)
 
     def __call__(

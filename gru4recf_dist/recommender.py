@@ -17,7 +17,7 @@ from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.table.candidates import CandidatePart, Candidates
 from gru4recf_dist.table.feature_store import FeatureStore
 from gru4recf_dist.table.item_table import Exchange, ShardedItemTable
-from gru4recf_dist.table.partition import Routing, route
+from gru4recf_dist.table.partition import route
 from gru4recf_dist.table.table_group import TableGroup
 
 # In half precision the encoder's matrix products are computed, nothing is kept.
@@ -168,26 +168,25 @@ class Recommender:
         """Whether targets have rows that are no inputs: they take an exchange of their own."""
         return not self.shares_rows or len(self.candidates.parts) > 1
 
-    def lookup(self, routing: Routing, outputs: Routing | None) -> Looked:
+    def lookup(self, inputs: Exchange, outputs: Exchange | None) -> Looked:
         """Read what a step needs.
 
         Args:
-            routing: of the inputs, and of the targets if `shares_rows`.
+            inputs: of the inputs, and of the targets if `shares_rows`.
             outputs: of the targets; None unless `has_other_outputs`.
         """
-        device = self.encoder_device
-        exchange = self.table.exchange(routing)
-        features = self.features.lookup(exchange)
-        rows = self._input_rows(exchange)
+        places, *target_places = (each.to(self.encoder_device) for each in inputs.routing.inverse)
         if outputs is not None:
-            output_exchange, output_places = self.table.exchange(outputs), outputs.inverse[0].to(device)
+            output_places = outputs.routing.inverse[0].to(self.encoder_device)
+        features = self.features.lookup(inputs)
+        rows = self._input_rows(inputs)
         targets = []
         for part in self.candidates.parts:
             if self.shares_rows and part.table is self.table:
-                targets.append((rows, routing.inverse[1].to(device)))
+                targets.append((rows, target_places[0]))
             else:
-                targets.append((part.table.lookup(output_exchange), output_places))
-        return Looked(rows, features, routing.inverse[0].to(device), targets)
+                targets.append((part.table.lookup(outputs), output_places))
+        return Looked(rows, features, places, targets)
 
     def _input_rows(self, exchange: Exchange) -> torch.Tensor | None:
         return self.table.lookup(exchange) if self.reads_items else None

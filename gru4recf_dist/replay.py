@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     with process_ranks.running(config.device, config.timeout_seconds) as ranks:
         packed = load_batches(storage.join(arguments.run, f"{FOLDER}/step-{arguments.step}"), ranks)
         trainer = Trainer(config, ranks)
-        batches = trainer.step.routed(packed)
+        prepared = trainer.ahead.of(packed)
         scale = factor(config.schedule, arguments.step - 1, trainer.total_steps, trainer.progress.rate_drops)
         say = print if ranks.is_first else (lambda text: None)
         say(
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         # An operation that raises on one rank would leave the others waiting.
         with torch.autograd.set_detect_anomaly(ranks.world == 1):
             try:
-                done = trainer.step(batches, arguments.step, scale, stop=False)
+                done = trainer.step(prepared, arguments.step, scale, stop=False)
             except RuntimeError as error:
                 if "returned nan" not in str(error):
                     raise

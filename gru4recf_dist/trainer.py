@@ -34,9 +34,10 @@ from gru4recf_dist.run_description import describe
 from gru4recf_dist.run_folder import check_run_folder
 from gru4recf_dist.schedule import factor
 from gru4recf_dist.shown_metrics import evaluation_scalars, final_names
+from gru4recf_dist.steps_ahead import PreparedStep, StepsAhead
 from gru4recf_dist.strategies import Phase, phase_of
 from gru4recf_dist.table.negatives import AheadSampler, read_popularity
-from gru4recf_dist.training_step import MicroBatch, StepResult, TrainingStep
+from gru4recf_dist.training_step import StepResult, TrainingStep
 
 RESULT = "result.json"
 
@@ -67,6 +68,7 @@ class Trainer:
         if config.loss.samples:
             sampler = AheadSampler(self.popularity, config.loss, config.seed, item_arrays)
         objective = Objective(config, self.model.candidates, sampler)
+        self.ahead = StepsAhead(config, self.model, objective, ranks)
         self.step = TrainingStep(config, self.model, self.engine, objective, ranks)
         self.evaluator = Evaluator(config, self.manifest, self.popularity, ranks)
         self.progress, self._window = Progress(), Window()
@@ -128,7 +130,7 @@ class Trainer:
             if self._enter_phase() and self.config.training.strategy != "interleaving":
                 self.monitor.say(f"epoch {progress.epoch + 1}: training of {', '.join(self._phase.trained)}")
             # However the loop is left, the thread that prepares the next batch has then ended.
-            with closing(self.loader.prepared(self.step.prepare)) as batches:
+            with self.ahead.settled(), closing(self.loader.prepared(self.ahead.prepare)) as batches:
                 for left in range(steps - 1, -1, -1):
                     before, waited = time.perf_counter(), HERE.waited_seconds
                     HERE.enter("reading", progress.step + 1)
@@ -171,7 +173,7 @@ class Trainer:
         self.monitor.say(f"stopped by a signal after step {self.progress.step}; the run can be resumed")
         self.monitor.close()
 
-    def update(self, batches: list[MicroBatch]) -> StepResult:
+    def update(self, prepared: PreparedStep) -> StepResult:
         """The next update."""
         progress = self.progress
         self._enter_phase()
@@ -182,7 +184,7 @@ class Trainer:
         profile = counted_operations(self.engine.module, self.ranks.device) if is_profiled else nullcontext()
         with profile as counts:
             before = traffic.TOTAL.copy()
-            done = self.step(batches, progress.step, scale, stopping.requested())
+            done = self.step(prepared, progress.step, scale, stopping.requested())
             self._window.traffic += traffic.TOTAL - before
         if counts:
             self.monitor.scalars(
@@ -198,8 +200,7 @@ class Trainer:
         progress.skipped_steps += not done.updated
         progress.broken_in_a_row = 0 if done.broken is None else progress.broken_in_a_row + 1
         if done.broken is not None:
-            packed = [batch.packed for batch in batches]
-            said = self.broken_steps.broken(progress.step, packed, done.broken, progress.broken_in_a_row)
+            said = self.broken_steps.broken(progress.step, prepared.packed, done.broken, progress.broken_in_a_row)
             self.monitor.say(said)
         check_steps = self.config.monitoring.replica_check_steps
         if check_steps is not None and progress.step % check_steps == 0:

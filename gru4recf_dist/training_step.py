@@ -11,33 +11,19 @@ import torch
 from torch import nn
 
 from gru4recf_dist.config import Config
-from gru4recf_dist.data.batches import PackedBatch, pack_micro_batches
-from gru4recf_dist.data.blocks import Block
+from gru4recf_dist.data.batches import PackedBatch
 from gru4recf_dist.model.subnets import ITEM_TABLE, subnet_of_parameter, subnet_of_table
 from gru4recf_dist.objective import Objective
-from gru4recf_dist.parallel import collectives
+from gru4recf_dist.parallel import collectives, traffic
 from gru4recf_dist.parallel.engines import Engine
 from gru4recf_dist.parallel.loss_scale import LossScale
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.parallel.waits import to_host
 from gru4recf_dist.parallel.whereabouts import HERE
 from gru4recf_dist.recommender import Recommender
+from gru4recf_dist.steps_ahead import PreparedStep, RowsOf
 from gru4recf_dist.strategies import Phase
 from gru4recf_dist.table.batch_negatives import StepProposal
-from gru4recf_dist.table.partition import Routing, route
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """A packed batch, and where the rows of its inputs and targets lie: integers only.
-
-    Attributes:
-        routing, outputs: as `Recommender.lookup` takes them.
-    """
-
-    packed: PackedBatch
-    routing: Routing
-    outputs: Routing | None
 
 
 @dataclass(frozen=True)
@@ -73,25 +59,6 @@ class TrainingStep:
         self.loss_scale = LossScale(config.loss_scale if config.precision == "fp16" else None)
         self._watch = _GradientWatch(engine.module.named_parameters())
 
-    def prepare(self, block: Block) -> list[MicroBatch]:
-        """This rank's sessions of a global batch, ready for an update.
-
-        It reads no row and no weight, so it may run while the update before is made: rows would be stale.
-        """
-        loader, parts = self.config.loader, self.config.accumulation
-        features = self.model.event_features
-        return self.routed(pack_micro_batches(block, parts, loader.max_length, loader.context, features))
-
-    def routed(self, packed: list[PackedBatch]) -> list[MicroBatch]:
-        """Packed batches with the places of their rows, ready for an update."""
-        partition, batches = self.model.table.partition, []
-        for batch in packed:
-            # Distinct ids travel once where inputs and targets are rows of one table.
-            ids = (batch.items, batch.targets) if self.model.shares_rows else (batch.items,)
-            outputs = route(partition, batch.targets) if self.model.has_other_outputs else None
-            batches.append(MicroBatch(batch, route(partition, *ids), outputs))
-        return batches
-
     def enter(self, phase: Phase) -> None:
         """Train the subnets of ``phase`` from the next update on, and what is shared; nothing else changes a bit."""
         config = self.config.model
@@ -106,11 +73,11 @@ class TrainingStep:
         parameters = (name for name, _ in self.engine.module.named_parameters())
         self.engine.train_only([name for name in parameters if not is_frozen(subnet_of_parameter(config, name))])
 
-    def __call__(self, batches: list[MicroBatch], step: int, factor: float, stop: bool) -> StepResult:
+    def __call__(self, prepared: PreparedStep, step: int, factor: float, stop: bool) -> StepResult:
         """One update.
 
         Args:
-            batches: this rank's part of the global batch, of `prepare`.
+            prepared: this rank's part of the global batch.
             step: its number, from 1; decides dropout and negatives.
             factor: on both learning rates.
             stop: whether this rank was asked to stop.
@@ -119,14 +86,15 @@ class TrainingStep:
         # Dropout depends on (seed, step, rank) alone: there is no generator state to save.
         torch.manual_seed(hash((self.config.seed, step, self.ranks.rank)) & 0x7FFFFFFFFFFFFFFF)
         scale = self.loss_scale.value
-        packed = [batch.packed for batch in batches]
-        counts = self._counts(packed, stop)
-        proposal = self.objective.propose(packed, step)
+        counts = self._counts(prepared.packed, stop)
+        told = prepared.told()
+        traffic.counts().include(told.sent)
+        proposal = self.objective.propose(told.targets, step)
         loss = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        for number, batch in enumerate(batches, 1):
-            with self.engine.accumulating(last=number == len(batches)):
+        for number, (batch, rows) in enumerate(zip(prepared.packed, told.exchanges, strict=True), 1):
+            with self.engine.accumulating(last=number == len(prepared.packed)):
                 HERE.enter("forward")
-                local = self._loss(batch, proposal)
+                local = self._loss(batch, rows, proposal)
                 HERE.enter("backward")
                 targets = counts.result()[0]
                 # The engine's mean over ranks and the table's division by W both undo the factor W.
@@ -146,13 +114,13 @@ class TrainingStep:
             norm = table_norm = torch.tensor(math.nan)
         return StepResult(total_loss, targets, events, sessions_lost, stops > 0, finite, broken, norm, table_norm)
 
-    def _loss(self, batch: MicroBatch, proposal: StepProposal | None) -> torch.Tensor:
+    def _loss(self, batch: PackedBatch, exchanges: RowsOf, proposal: StepProposal | None) -> torch.Tensor:
         """Sum of this rank's losses over a micro-batch."""
-        looked = self.model.lookup(batch.routing, batch.outputs)
-        events = {name: values.to(self.ranks.device) for name, values in batch.packed.event_features.items()}
-        queries = self.engine(looked.rows, looked.features, looked.places, batch.packed.batch_sizes, events)
+        looked = self.model.lookup(*exchanges)
+        events = {name: values.to(self.ranks.device) for name, values in batch.event_features.items()}
+        queries = self.engine(looked.rows, looked.features, looked.places, batch.batch_sizes, events)
         positives = self.model.candidates.join([rows[places] for rows, places in looked.targets])
-        return self.objective(queries, positives, batch.packed, proposal)
+        return self.objective(queries, positives, batch, proposal)
 
     def _counts(self, batches: list[PackedBatch], stop: bool) -> collectives.PendingSum:
         """Sums over micro-batches and ranks, on their way while the forward runs."""

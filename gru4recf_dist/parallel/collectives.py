@@ -2,7 +2,7 @@
 
 Backward of every function is the transposed exchange: all-to-all gives the rows back, all-gather reduce-scatters. The
 functions are written on `torch.distributed`'s public calls, since the functional ones change names between versions
-and abort on uneven sizes. What a rank sends is counted in `traffic.TOTAL`, under the ``purpose`` that the caller names.
+and abort on uneven sizes. What a rank sends is counted in `traffic.counts`, under the `purpose` that the caller names.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def all_to_all(
     if group.size() == 1:
         return rows
     received = rows.new_empty(sum(receive), *rows.shape[1:])
-    traffic.TOTAL.add(purpose, (sum(send) - send[group.rank()]) * _row_bytes(rows))
+    traffic.counts().add(purpose, (sum(send) - send[group.rank()]) * _row_bytes(rows))
     with HERE.waiting(purpose):
         dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
     return received
@@ -98,7 +98,7 @@ def all_gather_rows(
         return rows
     longest = max(counts)
     gathered = rows.new_empty(longest * len(counts), *rows.shape[1:])
-    traffic.TOTAL.add(purpose, (len(counts) - 1) * longest * _row_bytes(rows))
+    traffic.counts().add(purpose, (len(counts) - 1) * longest * _row_bytes(rows))
     with HERE.waiting(purpose):
         _all_gather_single(gathered, _padded(rows, longest), group=group)
     if min(counts) == longest:
@@ -126,7 +126,7 @@ class _AllGatherRows(torch.autograd.Function):
             padded[_own_places(counts, gradient.device)] = gradient
             gradient = padded
         share = gradient.new_empty(longest, *gradient.shape[1:])
-        traffic.TOTAL.add(purpose, (len(counts) - 1) * longest * _row_bytes(share))
+        traffic.counts().add(purpose, (len(counts) - 1) * longest * _row_bytes(share))
         with HERE.waiting(purpose):
             _reduce_scatter_single(share, gradient.contiguous(), group=ctx.group)
         return share[: counts[ctx.group.rank()]], None, None, None
@@ -177,7 +177,7 @@ def exchange_counts(counts: np.ndarray, group: dist.ProcessGroup) -> list[int]:
     if group.size() == 1:
         return counts.tolist()
     received = torch.empty(len(counts), dtype=torch.int64)
-    traffic.TOTAL.add("counts", (len(counts) - 1) * received.element_size())
+    traffic.counts().add("counts", (len(counts) - 1) * received.element_size())
     with HERE.waiting("counts"):
         dist.all_to_all_single(received, torch.from_numpy(counts.astype(np.int64)), group=group)
     return received.tolist()
@@ -188,7 +188,7 @@ def gather_counts(count: int, group: dist.ProcessGroup) -> list[int]:
     if group.size() == 1:
         return [count]
     gathered = torch.empty(group.size(), dtype=torch.int64)
-    traffic.TOTAL.add("counts", (group.size() - 1) * gathered.element_size())
+    traffic.counts().add("counts", (group.size() - 1) * gathered.element_size())
     with HERE.waiting("counts"):
         _all_gather_single(gathered, torch.tensor([count]), group=group)
     return gathered.tolist()
@@ -199,7 +199,7 @@ class PendingSum:
 
     def __init__(self, values: torch.Tensor, group: dist.ProcessGroup, purpose: str = "loss") -> None:
         self._values, self._purpose = values, purpose
-        traffic.TOTAL.add_all_reduce(purpose, values.nbytes, group.size())
+        traffic.counts().add_all_reduce(purpose, values.nbytes, group.size())
         self._work = dist.all_reduce(values, group=group, async_op=True) if group.size() > 1 else None
 
     def result(self) -> list[float]:
@@ -213,7 +213,7 @@ class PendingSum:
 
 def max_over_ranks(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Largest in place over the ranks, and return it."""
-    traffic.TOTAL.add_all_reduce("other", values.nbytes, group.size())
+    traffic.counts().add_all_reduce("other", values.nbytes, group.size())
     if group.size() > 1:
         with HERE.waiting("other"):
             dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
@@ -228,7 +228,7 @@ def gather_vector(values: np.ndarray, group: dist.ProcessGroup) -> np.ndarray:
 
 def sum_over_ranks(values: torch.Tensor, group: dist.ProcessGroup, purpose: str = "other") -> torch.Tensor:
     """Sum in place over the ranks, and return it."""
-    traffic.TOTAL.add_all_reduce(purpose, values.nbytes, group.size())
+    traffic.counts().add_all_reduce(purpose, values.nbytes, group.size())
     if group.size() > 1:
         with HERE.waiting(purpose):
             dist.all_reduce(values, group=group)

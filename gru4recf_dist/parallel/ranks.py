@@ -28,8 +28,8 @@ class Ranks:
         dense: group of the encoder's all-reduce.
         table: group of the item table's exchanges; its own, so that they never wait behind the encoder's.
         host: gloo group for CPU tensors: counts, flags, checkpoints.
-        background: as `host`, for a thread that works while training goes on: in one group, two threads' collectives
-            would meet each other's.
+        background, ahead: as `host`, for the threads that write checkpoints and that exchange the next step's ids while
+            training goes on: in one group, two threads' collectives would meet each other's.
     """
 
     rank: int
@@ -39,14 +39,19 @@ class Ranks:
     table: dist.ProcessGroup
     host: dist.ProcessGroup
     background: dist.ProcessGroup
+    ahead: dist.ProcessGroup
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
     def in_background(self) -> Ranks:
-        """The same ranks for the thread that works beside the training."""
+        """The same ranks for the thread that writes beside the training."""
         return replace(self, host=self.background)
+
+    def ahead_of_step(self) -> Ranks:
+        """The same ranks for the thread that exchanges the next step's ids."""
+        return replace(self, host=self.ahead)
 
 
 def add_launcher_argument(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +106,7 @@ def start(device: str = "auto", timeout_seconds: int = 1800, init_method: str | 
         table=dist.new_group(timeout=timeout),
         host=dist.new_group(backend="gloo", timeout=timeout),
         background=dist.new_group(backend="gloo", timeout=timeout),
+        ahead=dist.new_group(backend="gloo", timeout=timeout),
     )
 
 

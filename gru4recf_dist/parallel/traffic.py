@@ -6,6 +6,9 @@ all-gather or a reduce-scatter and 2(W-1)/W of the tensor for an all-reduce. Hea
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,6 +53,11 @@ class Traffic:
         """An all-reduce of ``tensor_bytes`` among ``world`` ranks."""
         self.add(purpose, 2 * (world - 1) / world * tensor_bytes)
 
+    def include(self, other: Traffic) -> None:
+        """Add what was counted apart."""
+        self.sent += other.sent
+        self.looked_up += other.looked_up
+
     def vector(self) -> np.ndarray:
         """Bytes by purpose and rows looked up, float64 [P + 1]."""
         return np.append(self.sent, self.looked_up)
@@ -66,6 +74,22 @@ class Traffic:
 
 # One process is one rank, so there is one.
 TOTAL = Traffic()
+_apart = threading.local()
+
+
+def counts() -> Traffic:
+    """Where the calling thread counts what it sends."""
+    return getattr(_apart, "counts", TOTAL)
+
+
+@contextlib.contextmanager
+def counted_apart() -> Iterator[Traffic]:
+    """What the calling thread sends within it is counted in what this gives, not in `TOTAL`."""
+    _apart.counts = Traffic()
+    try:
+        yield _apart.counts
+    finally:
+        del _apart.counts
 
 
 def summary(ranks: np.ndarray, steps: int) -> dict[str, float]:

@@ -75,15 +75,22 @@ class Exchange:
     Attributes:
         routing: what this rank asked for.
         send, receive: ids that go to, and come from, each rank.
-        local: int64 [sum(receive)], on the table's device: this rank's rows that were asked for, in rank order.
-        group: over which tensors of the table's device travel.
+        asked: int64 [sum(receive)], on the CPU: this rank's rows that were asked for, in rank order.
+        device: the table's.
+        group: over which tensors of that device travel.
     """
 
     routing: Routing
     send: list[int]
     receive: list[int]
-    local: torch.Tensor
+    asked: torch.Tensor
+    device: torch.device
     group: dist.ProcessGroup
+
+    @cached_property
+    def local(self) -> torch.Tensor:
+        """``asked`` on the table's device."""
+        return transfers.move(self.asked, self.device)
 
 
 class ShardedItemTable:
@@ -133,13 +140,16 @@ class ShardedItemTable:
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def exchange(self, routing: Routing) -> Exchange:
-        """Send the distinct ids to their owners. Counts travel on the CPU, so that no device is waited for."""
-        receive = collectives.exchange_counts(routing.send, self.ranks.host)
-        send = routing.send.tolist()
-        ids = torch.from_numpy(routing.ids).to(self.weight.device)
-        asked = collectives.all_to_all(ids, receive, send, self.group, "ids")
-        return Exchange(routing, send, receive, asked - self.own.start, self.group)
+    def exchange(self, routing: Routing, host: dist.ProcessGroup | None = None) -> Exchange:
+        """Send the distinct ids to their owners, on the CPU, so that no device is waited for.
+
+        Args:
+            host: the group to use; default: `Ranks.host`.
+        """
+        host = host or self.ranks.host
+        receive, send = collectives.exchange_counts(routing.send, host), routing.send.tolist()
+        asked = collectives.all_to_all(torch.from_numpy(routing.ids), receive, send, host, "ids")
+        return Exchange(routing, send, receive, asked - self.own.start, self.device, self.group)
 
     def lookup(self, exchange: Exchange) -> torch.Tensor:
         """Rows of the routing's distinct ids, [U, D]; differentiable if gradients are enabled."""

@@ -33,17 +33,17 @@ def with_broken_steps(ranks: Ranks, config: Config, broken: dict[int, str], vict
             loss = loss + (trainer.engine.module.dense_layer.weight * 0.0).sum().sqrt()
         backward(loss, scale)
 
-    def spoilt_loss(batch, proposal, compute=trainer.step._loss):
-        loss = compute(batch, proposal)
+    def spoilt_loss(*arguments, compute=trainer.step._loss):
+        loss = compute(*arguments)
         return loss * torch.inf if broken.get(trainer.progress.step) == "loss" and ranks.rank == victim else loss
 
-    def watched(batches):
+    def watched(prepared):
         step = trainer.progress.step + 1
         before = final_state(trainer)
         if step in broken:
-            seen["batches"][step] = [batch.packed for batch in batches]
+            seen["batches"][step] = prepared.packed
         try:
-            return update(batches)
+            return update(prepared)
         finally:
             seen["weights"][step] = all(torch.equal(before[key], each) for key, each in final_state(trainer).items())
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from gru4recf_dist import training_step
+from gru4recf_dist import steps_ahead
 from gru4recf_dist.data.shard_format import read_manifest
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.planning import popularity
@@ -50,7 +50,7 @@ def data(tmp_path_factory):
 
 def _train_and_count(ranks, config) -> tuple[list[list[int]], list[np.ndarray]]:
     """Train; of each of this rank's micro-batches events, distinct ids and target ids, and the negatives."""
-    routed, route = [], training_step.route
+    routed, route = [], steps_ahead.route
     negatives, gather = [], ShardedItemTable.gather
 
     def recorded(partition, *ids):
@@ -62,12 +62,12 @@ def _train_and_count(ranks, config) -> tuple[list[list[int]], list[np.ndarray]]:
         negatives.append(ids)
         return gather(table, ids)
 
-    training_step.route, ShardedItemTable.gather = recorded, gathered
+    steps_ahead.route, ShardedItemTable.gather = recorded, gathered
     train(ranks, config)
-    # What was prepared beyond the last step does not count. Targets with rows of their own are routed too, first.
+    # What was prepared beyond the last step does not count. Targets with rows of their own are routed too, last.
     exchanges = 2 if config.model.fusion in ("parallel", "shared_w", "feature_only") else 1
     batches = [routed[start : start + exchanges] for start in range(0, len(routed), exchanges)]
-    seen = [[*batch[-1], batch[0][1] if exchanges == 2 else 0] for batch in batches]
+    seen = [[*batch[0], batch[1][1] if exchanges == 2 else 0] for batch in batches]
     return seen[: STEPS * config.accumulation], negatives
 
 

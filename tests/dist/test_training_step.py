@@ -20,14 +20,14 @@ def _exchanges_of_a_step(ranks: Ranks, config: Config) -> tuple[list[list[int]],
     trainer = Trainer(config, ranks)
     exchange, asked = trainer.table.exchange, []
 
-    def watched(routing):
+    def watched(routing, host):
         asked.append(routing.ids.tolist())
-        return exchange(routing)
+        return exchange(routing, host)
 
     trainer.table.exchange = watched
-    batches = trainer.step.prepare(next(iter(trainer.loader)))
-    trainer.update(batches)
-    used = [torch.cat([batch.packed.items, batch.packed.targets]).unique().tolist() for batch in batches]
+    prepared = trainer.ahead.prepare(next(iter(trainer.loader)))
+    trainer.update(prepared)
+    used = [torch.cat([batch.items, batch.targets]).unique().tolist() for batch in prepared.packed]
     assert trainer.model.features._columns, "the test is about features too"
     return asked, used, len(trainer.popularity)
 

@@ -13,6 +13,7 @@ from gru4recf_dist.data.batches import PackedBatch
 from gru4recf_dist.model.losses import NOTHING, blockwise_logsumexp, columns_of, sampled_softmax
 from gru4recf_dist.objective import Objective
 from gru4recf_dist.parallel import ranks as process_ranks
+from gru4recf_dist.table.batch_negatives import StepProposal
 from gru4recf_dist.table.candidates import CandidatePart, Candidates
 from gru4recf_dist.table.item_table import ShardedItemTable
 from gru4recf_dist.table.negatives import Negatives, NegativeSampler
@@ -178,6 +179,10 @@ def _batch(targets: torch.Tensor, weights: torch.Tensor) -> PackedBatch:
     return PackedBatch(targets, targets, weights, torch.ones(1), 0, 0, 0)
 
 
+def propose(objective: Objective, batch: PackedBatch, step: int) -> StepProposal | None:
+    return objective.propose(objective.batch_targets([batch], objective.candidates.ranks), step)
+
+
 def _loss_and_gradients(objective: Objective, queries, targets, weights, step):
     """The objective's sum, and its gradients for queries and the whole table."""
     candidates = objective.candidates
@@ -186,7 +191,7 @@ def _loss_and_gradients(objective: Objective, queries, targets, weights, step):
     queries = queries.clone().requires_grad_()
     positives = table.weight[targets].requires_grad_()
     batch = _batch(targets, weights)
-    loss = objective(queries, candidates.join([positives]), batch, objective.propose([batch], step))
+    loss = objective(queries, candidates.join([positives]), batch, propose(objective, batch, step))
     loss.backward()
     table.apply_gradients(lr=1.0)
     gradient = before - table.weight
@@ -253,7 +258,7 @@ def test_sampled_loss_equals_the_formula_summed_draw_by_draw(alone, kind, logq, 
     sampler = NegativeSampler(_popularity(), config.loss, seed=11)
     objective, table = _objective(alone, sampler, **settings)
     queries, targets = _normal(T, D), _targets()
-    drawn = objective.propose([_batch(targets, torch.ones(T))], step=5).negatives
+    drawn = propose(objective, _batch(targets, torch.ones(T)), step=5).negatives
     assert drawn.counts.max() > 1, "the test is about repeated draws too"
     assert set(drawn.ids) & set(targets.tolist()), "and about targets among the negatives"
     draw_list = [int(item) for item, count in zip(drawn.ids, drawn.counts, strict=True) for _ in range(count)]

@@ -12,7 +12,14 @@ from gru4recf_dist.config import Config
 from gru4recf_dist.model.losses import NOTHING
 from gru4recf_dist.model.ranking_losses import ranking_loss
 from gru4recf_dist.table.negatives import NegativeSampler
-from tests.unit.test_losses import _batch, _loss_and_gradients, _objective, _popularity, alone  # noqa: F401 (a fixture)
+from tests.unit.test_losses import (
+    _batch,
+    _loss_and_gradients,
+    _objective,
+    _popularity,
+    alone,  # noqa: F401 (a fixture)
+    propose,
+)
 
 NAMES = ["bpr", "bpr_max", "top1", "top1_max"]
 T, U, D = 7, 5, 4
@@ -165,7 +172,7 @@ def test_the_objective_sums_the_definition_over_the_draws(alone, name, negatives
     config = Config(data="-", run_dir="-", loss=settings)
     objective, table = _objective(alone, NegativeSampler(_popularity(), config.loss, seed=11), **settings)
     queries = _normal(len(targets), table.shape[1])
-    drawn = objective.propose([_batch(targets, torch.ones(len(targets)))], step=5).negatives
+    drawn = propose(objective, _batch(targets, torch.ones(len(targets))), step=5).negatives
     assert drawn.counts.sum() == negatives + (len(targets) if in_batch == "all" else in_batch)
     if in_batch == "all":
         # GRU4Rec's negatives: the targets of the batch, each as often as it is one, beside those of the sampler.

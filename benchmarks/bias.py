@@ -100,7 +100,7 @@ class _Problem:
         queries, positives = self.queries.clone().requires_grad_(), before[self.targets].requires_grad_()
         batch = PackedBatch(self.targets, self.targets, self.weights, torch.ones(1), 0, 0, 0)
         proposal = objective.propose(objective.batch_targets([batch], self.ranks), step)
-        loss = objective(queries, positives, batch, proposal) / len(self.targets)
+        loss = objective(queries, positives, batch, proposal, objective.fetch(proposal)) / len(self.targets)
         loss.backward()
         # One step of SGD at a rate of 1 is the gradient.
         table.apply_gradients(lr=1.0)

@@ -19,13 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing
 
 import torch
 from torch import nn
 
 from benchmarks import synthetic_events
 from benchmarks.measuring import MemoryGrowth, launch, print_table
+from benchmarks.step_times import step_seconds
 from gru4recf_dist import config as configuration
 from gru4recf_dist.config import Config
 from gru4recf_dist.data.batches import pack_micro_batches
@@ -94,18 +94,12 @@ def _measure(config: Config, steps: int, skip: int) -> None:
     ranks = process_ranks.start(config.device, config.timeout_seconds)
     memory = MemoryGrowth()
     trainer = Trainer(config, ranks)
-    seconds: list[float] = []
-    while len(seconds) < skip + steps:
-        with closing(trainer.loader.prepared(trainer.ahead.prepare)) as batches:
-            left = trainer.loader.steps_left
-            for _ in range(min(left, skip + steps - len(seconds))):
-                started = time.perf_counter()
-                trainer.update(next(batches))
-                seconds.append(time.perf_counter() - started)
+    with trainer.ahead.settled():
+        seconds = step_seconds(trainer, steps, skip)
     share = sum(tensor.to_local().nbytes for tensor in trainer.model.tables.state_dict().values())
     held = memory.of_largest_rank(share, ranks)
     if ranks.is_first:
-        _report(seconds[skip:], held)
+        _report(seconds, held)
     process_ranks.wait_for_all(ranks)
     process_ranks.stop()
 

@@ -18,7 +18,6 @@ import tempfile
 from collections import defaultdict
 
 import numpy as np
-import torch
 
 from benchmarks.measuring import ONLY_STEPS, launch, print_table
 from gru4recf_dist import config as configuration
@@ -27,6 +26,7 @@ from gru4recf_dist.errors import UserError, exits_cleanly
 from gru4recf_dist.model.subnets import ITEM_TABLE, has_item_subnet, output_parts
 from gru4recf_dist.parallel import collectives, traffic
 from gru4recf_dist.parallel import ranks as process_ranks
+from gru4recf_dist.parallel.gathering import Gathering
 from gru4recf_dist.parallel.replicated import parameter_bytes
 from gru4recf_dist.recommender import feature_specs
 from gru4recf_dist.steps_ahead import PreparedStep
@@ -134,7 +134,7 @@ class _Least:
             elif self._config.loss.in_batch:
                 self._add(batch_targets=4 * events)
 
-    def _gathered(self, ids: np.ndarray) -> torch.Tensor:
+    def _gathered(self, ids: np.ndarray) -> Gathering:
         if self.counts:
             # Every rank gets those of the others.
             size = self._row_bytes * len(ids) * self._others / (self._others + 1)

@@ -10,6 +10,7 @@ from gru4recf_dist.data.batches import PackedBatch
 from gru4recf_dist.model import losses
 from gru4recf_dist.model.ranking_losses import ranking_loss
 from gru4recf_dist.parallel import collectives
+from gru4recf_dist.parallel.gathering import Gathering
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.table.batch_negatives import BatchTargets, StepProposal, gather_targets
 from gru4recf_dist.table.candidates import Candidates
@@ -52,8 +53,17 @@ class Objective:
             in_batch = int(targets.counts.sum())
         return StepProposal(self.sampler, in_batch, targets, step)
 
+    def fetch(self, proposal: StepProposal | None) -> list[Gathering]:
+        """Begin to fetch the negatives' rows, which travel while the encoder runs."""
+        return [] if proposal is None else self.candidates.gather(proposal.negatives.ids)
+
     def __call__(
-        self, queries: torch.Tensor, positives: torch.Tensor, batch: PackedBatch, proposal: StepProposal | None
+        self,
+        queries: torch.Tensor,
+        positives: torch.Tensor,
+        batch: PackedBatch,
+        proposal: StepProposal | None,
+        fetched: list[Gathering],
     ) -> torch.Tensor:
         """Sum of this rank's losses over its counted positions: a scalar.
 
@@ -62,13 +72,14 @@ class Objective:
             positives: [T, Q], candidate of each target (`Candidates.join`).
             batch: its targets and weights.
             proposal: the step's negatives, of `propose`.
+            fetched: of `fetch`, for this very loss.
         """
         if proposal is None:
             each = self._full(queries, positives)
         elif self.config.name == "sampled_softmax":
-            each = self._sampled(queries, positives, batch.targets, proposal)
+            each = self._sampled(queries, positives, batch.targets, proposal, self.candidates.gathered(fetched))
         else:
-            each = self._ranking(queries, positives, batch.targets, proposal)
+            each = self._ranking(queries, positives, batch.targets, proposal, self.candidates.gathered(fetched))
         weights = batch.weights.to(device=each.device, dtype=each.dtype)
         return (each * weights).sum()
 
@@ -76,7 +87,7 @@ class Objective:
         """Vocabulary-parallel cross-entropy: every rank sums over its own rows for the queries of all."""
         group = self.candidates.ranks.table
         counts = collectives.gather_counts(len(queries), self.candidates.ranks.host)
-        everyone = collectives.differentiable_all_gather_rows(queries, counts, group, "queries")
+        everyone = Gathering(queries, counts, group, "queries").rows()
         rows = self.candidates.own_items()
         partial = losses.blockwise_logsumexp(everyone, rows, block_rows=self.config.block_rows)
         # Each rank gets back the W partial sums of its own queries.
@@ -87,10 +98,14 @@ class Objective:
         return total - (queries * positives).sum(dim=-1)
 
     def _sampled(
-        self, queries: torch.Tensor, positives: torch.Tensor, targets: torch.Tensor, proposal: StepProposal
+        self,
+        queries: torch.Tensor,
+        positives: torch.Tensor,
+        targets: torch.Tensor,
+        proposal: StepProposal,
+        rows: torch.Tensor,
     ) -> torch.Tensor:
         negatives = proposal.negatives
-        rows = self.candidates.gather(negatives.ids)
         correction = np.log(negatives.counts)
         if self.config.logq != "off":
             correction = correction - negatives.log_expected
@@ -110,14 +125,19 @@ class Objective:
         )
 
     def _ranking(
-        self, queries: torch.Tensor, positives: torch.Tensor, targets: torch.Tensor, proposal: StepProposal
+        self,
+        queries: torch.Tensor,
+        positives: torch.Tensor,
+        targets: torch.Tensor,
+        proposal: StepProposal,
+        rows: torch.Tensor,
     ) -> torch.Tensor:
         negatives = proposal.negatives
         return ranking_loss(
             self.config.name,
             queries,
             positives,
-            self.candidates.gather(negatives.ids),
+            rows,
             torch.from_numpy(negatives.counts).to(queries.device),
             losses.columns_of(targets, torch.from_numpy(negatives.ids)).to(queries.device),
             self.config.regularization,

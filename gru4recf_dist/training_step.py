@@ -117,10 +117,12 @@ class TrainingStep:
     def _loss(self, batch: PackedBatch, exchanges: RowsOf, proposal: StepProposal | None) -> torch.Tensor:
         """Sum of this rank's losses over a micro-batch."""
         looked = self.model.lookup(*exchanges)
+        # After the rows that the encoder waits for.
+        fetched = self.objective.fetch(proposal)
         events = {name: values.to(self.ranks.device) for name, values in batch.event_features.items()}
         queries = self.engine(looked.rows, looked.features, looked.places, batch.batch_sizes, events)
         positives = self.model.candidates.join([rows[places] for rows, places in looked.targets])
-        return self.objective(queries, positives, batch, proposal)
+        return self.objective(queries, positives, batch, proposal, fetched)
 
     def _counts(self, batches: list[PackedBatch], stop: bool) -> collectives.PendingSum:
         """Sums over micro-batches and ranks, on their way while the forward runs."""

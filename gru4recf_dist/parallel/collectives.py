@@ -1,8 +1,8 @@
 """Collectives on rows of tensors, differentiable where training needs it. With one rank nothing is sent.
 
-Backward of every function is the transposed exchange: all-to-all gives the rows back, all-gather reduce-scatters. The
-functions are written on `torch.distributed`'s public calls, since the functional ones change names between versions
-and abort on uneven sizes. What a rank sends is counted in `traffic.counts`, under the `purpose` that the caller names.
+Backward of an all-to-all gives the rows back; the all-gather that has a backward is in `gathering`. The functions are
+written on `torch.distributed`'s public calls, since the functional ones change names between versions and abort on
+uneven sizes. What a rank sends is counted in `traffic.counts`, under the ``purpose`` that the caller names.
 """
 
 from __future__ import annotations
@@ -16,12 +16,8 @@ import torch.distributed as dist
 from gru4recf_dist.parallel import traffic
 from gru4recf_dist.parallel.whereabouts import HERE
 
-# Share of the rows that an all-gather may send as padding; see `balanced_all_gather_rows`.
-PADDING = 0.1
-
-# torch 2.13 renamed both and warns about the old names.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# torch 2.13 renamed it and warns about the old name.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def all_to_all(
@@ -39,7 +35,7 @@ def all_to_all(
     if group.size() == 1:
         return rows
     received = rows.new_empty(sum(receive), *rows.shape[1:])
-    traffic.counts().add(purpose, (sum(send) - send[group.rank()]) * _row_bytes(rows))
+    traffic.counts().add(purpose, (sum(send) - send[group.rank()]) * row_bytes(rows))
     with HERE.waiting(purpose):
         dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
     return received
@@ -66,17 +62,19 @@ def differentiable_all_to_all(
     return _AllToAll.apply(rows, receive, send, group, purpose)
 
 
-def _row_bytes(rows: torch.Tensor) -> int:
+def row_bytes(rows: torch.Tensor) -> int:
+    """Of one row."""
     return math.prod(rows.shape[1:]) * rows.element_size()
 
 
-def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
+def padded(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """``rows``, and zeros after them up to ``count``."""
     if rows.shape[0] == count:
         return rows.contiguous()
     return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])])
 
 
-def _own_places(counts: list[int], device: torch.device) -> torch.Tensor:
+def own_places(counts: list[int], device: torch.device) -> torch.Tensor:
     """Indices of the real rows among W padded shares of max(counts) rows."""
     longest = max(counts)
     return torch.cat([torch.arange(count, device=device) + rank * longest for rank, count in enumerate(counts)])
@@ -98,78 +96,12 @@ def all_gather_rows(
         return rows
     longest = max(counts)
     gathered = rows.new_empty(longest * len(counts), *rows.shape[1:])
-    traffic.counts().add(purpose, (len(counts) - 1) * longest * _row_bytes(rows))
+    traffic.counts().add(purpose, (len(counts) - 1) * longest * row_bytes(rows))
     with HERE.waiting(purpose):
-        _all_gather_single(gathered, _padded(rows, longest), group=group)
+        all_gather_single(gathered, padded(rows, longest), group=group)
     if min(counts) == longest:
         return gathered
-    return gathered[_own_places(counts, rows.device)]
-
-
-class _AllGatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, counts, group, purpose):
-        ctx.counts, ctx.group, ctx.purpose = counts, group, purpose
-        return all_gather_rows(rows, counts, group, purpose)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        counts, longest = ctx.counts, max(ctx.counts)
-        purpose = traffic.GRADIENTS_OF.get(ctx.purpose, ctx.purpose)
-        if not gradient.is_cuda:
-            # gloo makes an all-reduce of a reduce-scatter: twice the bytes.
-            world, mine = len(counts), counts[ctx.group.rank()]
-            parts = all_to_all(gradient, [mine] * world, counts, ctx.group, purpose)
-            return parts.view(world, mine, *gradient.shape[1:]).sum(dim=0), None, None, None
-        if min(counts) != longest:
-            padded = gradient.new_zeros(longest * len(counts), *gradient.shape[1:])
-            padded[_own_places(counts, gradient.device)] = gradient
-            gradient = padded
-        share = gradient.new_empty(longest, *gradient.shape[1:])
-        traffic.counts().add(purpose, (len(counts) - 1) * longest * _row_bytes(share))
-        with HERE.waiting(purpose):
-            _reduce_scatter_single(share, gradient.contiguous(), group=ctx.group)
-        return share[: counts[ctx.group.rank()]], None, None, None
-
-
-def differentiable_all_gather_rows(
-    rows: torch.Tensor, counts: list[int], group: dist.ProcessGroup, purpose: str = "other"
-) -> torch.Tensor:
-    """`all_gather_rows` whose backward sums over the ranks the gradients of this rank's rows."""
-    if group.size() == 1:
-        return rows
-    return _AllGatherRows.apply(rows, counts, group, purpose)
-
-
-def balanced_all_gather_rows(
-    rows: torch.Tensor, counts: list[int], group: dist.ProcessGroup, purpose: str = "other"
-) -> torch.Tensor:
-    """`differentiable_all_gather_rows` for counts that may be uneven: where padding them to the longest would add more
-    than `PADDING` to what is sent, ranks first hand over rows until all have as many.
-
-    Handing over costs one more exchange, but a row of it goes to one rank only.
-    """
-    counts, moves = gather_shares(counts)
-    if moves is not None:
-        mine = group.rank()
-        rows = differentiable_all_to_all(rows, moves[:, mine].tolist(), moves[mine].tolist(), group, purpose)
-    return differentiable_all_gather_rows(rows, counts, group, purpose)
-
-
-def gather_shares(counts: list[int]) -> tuple[list[int], np.ndarray | None]:
-    """How `balanced_all_gather_rows` deals with ``counts``.
-
-    Returns:
-        rows of each rank in the gathering; and int64 [W, W], how many each rank hands to each before it, None if none.
-    """
-    world, total = len(counts), sum(counts)
-    if world * max(counts) <= (1.0 + PADDING) * total:
-        return counts, None
-    # Contiguous parts of the same order, so that what is gathered stays in it.
-    before = np.concatenate([[0], np.cumsum(counts)])
-    after = np.minimum(np.arange(world + 1) * -(-total // world), total)
-    starts, ends = np.maximum.outer(before[:-1], after[:-1]), np.minimum.outer(before[1:], after[1:])
-    return np.diff(after).tolist(), np.maximum(ends - starts, 0)
+    return gathered[own_places(counts, rows.device)]
 
 
 def exchange_counts(counts: np.ndarray, group: dist.ProcessGroup) -> list[int]:
@@ -190,7 +122,7 @@ def gather_counts(count: int, group: dist.ProcessGroup) -> list[int]:
     gathered = torch.empty(group.size(), dtype=torch.int64)
     traffic.counts().add("counts", (group.size() - 1) * gathered.element_size())
     with HERE.waiting("counts"):
-        _all_gather_single(gathered, torch.tensor([count]), group=group)
+        all_gather_single(gathered, torch.tensor([count]), group=group)
     return gathered.tolist()
 
 

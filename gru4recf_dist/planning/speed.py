@@ -52,9 +52,10 @@ class Machine:
 
 
 def step_seconds(workload: Workload, counts: StepCounts, machine: Machine) -> dict[str, float]:
-    """Seconds of a step, by resource, one after the other: the code overlaps only the encoder's all-reduce.
+    """Seconds of a step, by resource, one after the other. The largest is what limits the step.
 
-    The largest is what limits the step.
+    Much of it goes on at the same time, if the machine has room for that: routing, the negatives' rows and their
+    gradients, and the encoder's gradients travel beside what is computed.
     """
     config = workload.config
     size, micro = workload.element_bytes, config.accumulation
@@ -91,11 +92,12 @@ def step_seconds(workload: Workload, counts: StepCounts, machine: Machine) -> di
         moved = sum(rows * widths[name] * size for name, rows in touched.items())
         seconds["host link (table rows)"] = micro * 2.0 * moved / machine.pcie_gbs / 1e9
     seconds["wire"] = wire_seconds(sent_bytes(workload, counts), workload.world, machine)
-    collectives = 7 if workload.samples else 9
+    # What is told a step ahead, sizes, ids and targets that are negatives, costs no time of its own.
+    collectives = 5 if workload.samples else 7
     # Each further table's rows go and come by themselves.
-    collectives += 4 * (len(workload.encoder.parts) - 1) + 3 * (workload.target_width > 0)
-    # Counts, flags and the encoder's gradients; targets that are negatives, of all micro-batches at once.
-    once = 3 + 2 * (workload.samples and bool(config.loss.in_batch))
+    collectives += 4 * (len(workload.encoder.parts) - 1) + (workload.target_width > 0)
+    # Counts, flags and the encoder's gradients.
+    once = 3
     seconds["latency and launches"] = machine.fixed_ms / 1e3 + (
         machine.latency_us * 1e-6 * (micro * collectives + once) if workload.world > 1 else 0.0
     )

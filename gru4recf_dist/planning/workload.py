@@ -14,7 +14,7 @@ from gru4recf_dist.model.encoder import SessionEncoder
 from gru4recf_dist.model.features import FeatureSpec
 from gru4recf_dist.model.packed_gru import PackedGRU
 from gru4recf_dist.model.subnets import ITEM_TABLE, has_item_subnet
-from gru4recf_dist.parallel.collectives import PADDING
+from gru4recf_dist.parallel.gathering import PADDING
 from gru4recf_dist.planning.popularity import Popularity, largest_of
 
 
@@ -187,7 +187,7 @@ class StepCounts:
         target_ids: distinct items of targets, where some of their rows are no inputs; else 0.
         negatives: distinct negatives, of all ranks.
         negatives_share: what each rank puts into their gathering, padding included.
-        negatives_moved: what a rank hands to another before it (see `collectives.balanced_all_gather_rows`).
+        negatives_moved: what a rank hands to another before it (see `parallel.gathering`).
     """
 
     events: float

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from gru4recf_dist.model.scoring import exact_scores, transform_rows
+from gru4recf_dist.parallel import transfers
+from gru4recf_dist.parallel.gathering import Gathering
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.table.item_table import Exchange, ShardedItemTable
 
@@ -65,9 +67,13 @@ class Candidates:
         # The usual one part is not copied.
         return transformed[0] if len(transformed) == 1 else torch.cat(transformed, dim=-1)
 
-    def gather(self, ids: np.ndarray) -> torch.Tensor:
-        """Candidates of the same distinct, ascending ``ids`` on every rank, [U, Q]; differentiable."""
-        return self.join([part.table.gather(ids) for part in self.parts])
+    def gather(self, ids: np.ndarray) -> list[Gathering]:
+        """Begin to fetch the same distinct, ascending ``ids`` on every rank; for `gathered`, later."""
+        return [part.table.gather(ids) for part in self.parts]
+
+    def gathered(self, gatherings: list[Gathering]) -> torch.Tensor:
+        """The candidates that `gather` was asked for, [U, Q]; differentiable."""
+        return self.join([transfers.differentiable_move(each.rows(), self.ranks.device) for each in gatherings])
 
     def own_items(self) -> torch.Tensor:
         """All of this rank's items as candidates, [own items, Q]; differentiable, for losses over every item."""

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from gru4recf_dist.config import TableConfig
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.parallel import collectives, traffic, transfers
+from gru4recf_dist.parallel.gathering import Gathering
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.table.partition import Routing, RowPartition
 from gru4recf_dist.table.row_optimizers import make_row_optimizer
@@ -158,17 +159,17 @@ class ShardedItemTable:
         rows = collectives.differentiable_all_to_all(owned, exchange.send, exchange.receive, self.group, "rows")
         return transfers.differentiable_move(rows, self.ranks.device)
 
-    def gather(self, ids: np.ndarray) -> torch.Tensor:
-        """Rows of the same distinct, ascending ``ids`` on every rank, [U, D]; differentiable if gradients are enabled.
+    def gather(self, ids: np.ndarray) -> Gathering:
+        """Rows of the same distinct, ascending ``ids`` on every rank, [U, D] on the table's device, on their way.
 
-        No id travels: every rank contributes the rows it owns, and their order is that of the ranks.
+        They are differentiable if gradients are enabled. No id travels: every rank contributes the rows it owns, and
+        their order is that of the ranks.
         """
         counts = self.partition.split(ids)
         start = int(counts[: self.ranks.rank].sum())
         mine = ids[start : start + int(counts[self.ranks.rank])]
         owned = self._leaf(torch.from_numpy(mine - self.own.start).to(self.weight.device))
-        rows = collectives.balanced_all_gather_rows(owned, counts.tolist(), self.group, "negatives")
-        return transfers.differentiable_move(rows, self.ranks.device)
+        return Gathering(owned, counts.tolist(), self.group, "negatives", balanced=True)
 
     def candidates(self) -> torch.Tensor:
         """This rank's item rows (padding row left out) as one leaf, [own items, D], for losses over every item."""

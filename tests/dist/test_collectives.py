@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gru4recf_dist.parallel import collectives
+from gru4recf_dist.parallel.gathering import Gathering
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -52,13 +53,13 @@ def _gather(ranks, counts: list[int], tail) -> dict:
     rows = _rows("own", ranks.rank, counts[ranks.rank], tail).requires_grad_()
     weights = _rows("weights", ranks.rank, sum(counts), tail)
     plain = collectives.all_gather_rows(rows.detach(), counts, ranks.table)
-    result = collectives.differentiable_all_gather_rows(rows, counts, ranks.table)
+    result = Gathering(rows, counts, ranks.table).rows()
     (result * weights).sum().backward()
     again = _rows("own", ranks.rank, counts[ranks.rank], tail).requires_grad_()
     # The gradient of a plain sum is one expanded number, not a contiguous tensor.
-    collectives.differentiable_all_gather_rows(again, counts, ranks.table).sum().backward()
+    Gathering(again, counts, ranks.table).rows().sum().backward()
     balanced = _rows("own", ranks.rank, counts[ranks.rank], tail).requires_grad_()
-    even = collectives.balanced_all_gather_rows(balanced, counts, ranks.table)
+    even = Gathering(balanced, counts, ranks.table, balanced=True).rows()
     (even * weights).sum().backward()
     return {
         "plain": plain,

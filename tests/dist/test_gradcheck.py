@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from gru4recf_dist.parallel import collectives
+from gru4recf_dist.parallel.gathering import Gathering
 from gru4recf_dist.parallel.ranks import Ranks
 from tests.support.ranks import run_ranks
 
@@ -43,10 +44,8 @@ def _exchange(ranks: Ranks) -> tuple[Callable, int]:
 
 
 def _gathering(counts: list[int], balanced: bool) -> Callable[[Ranks], tuple[Callable, int]]:
-    gather = collectives.balanced_all_gather_rows if balanced else collectives.differentiable_all_gather_rows
-
     def of(ranks: Ranks) -> tuple[Callable, int]:
-        return lambda rows: gather(rows, counts, ranks.table), counts[ranks.rank]
+        return lambda rows: Gathering(rows, counts, ranks.table, balanced=balanced).rows(), counts[ranks.rank]
 
     return of
 

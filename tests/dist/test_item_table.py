@@ -32,7 +32,7 @@ def _step(ranks, users: int) -> tuple[range, torch.Tensor, list]:
     ids = torch.tensor([i for user in mine for i in ASKED[user]], dtype=torch.int64)
     routing = route(table.partition, ids)
     rows = table.lookup(table.exchange(routing))[routing.inverse[0]]
-    negatives = table.gather(NEGATIVES)
+    negatives = table.gather(NEGATIVES).rows()
     loss = (rows * torch.cat([_weights(user) for user in mine])).sum()
     loss = loss + sum((negatives * _negative_weights(user)).sum() for user in mine)
     (loss * ranks.world).backward()

@@ -9,7 +9,7 @@ import pytest
 
 from gru4recf_dist import steps_ahead
 from gru4recf_dist.data.shard_format import read_manifest
-from gru4recf_dist.parallel import collectives
+from gru4recf_dist.parallel.gathering import gather_shares
 from gru4recf_dist.planning import popularity
 from gru4recf_dist.planning.wire import sent_bytes
 from gru4recf_dist.planning.workload import ItemFeature, StepCounts, Workload, expected_counts
@@ -86,7 +86,7 @@ def _measured(workload: Workload, seen: np.ndarray, negatives: list[np.ndarray])
     """``seen``: [W, micro-batches, 3], events, ids, target ids; ``negatives``: ids of each micro-batch."""
     shares, moved, distinct = [], [], []
     for ids in negatives:
-        counts, moves = collectives.gather_shares(RowPartition(ITEMS + 1, workload.world).split(ids).tolist())
+        counts, moves = gather_shares(RowPartition(ITEMS + 1, workload.world).split(ids).tolist())
         distinct.append(len(ids))
         shares.append(max(counts))
         moved.append(0 if moves is None else (moves.sum() - np.trace(moves)) / workload.world)

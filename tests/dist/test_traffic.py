@@ -11,6 +11,7 @@ import torch
 
 from data_prep.__main__ import main as prepare
 from gru4recf_dist.parallel import collectives, traffic
+from gru4recf_dist.parallel.gathering import Gathering
 from tests.support.ranks import run_ranks
 from tests.support.training import small_config, train
 
@@ -33,12 +34,8 @@ def _exercise(ranks, splits: list[list[int]], counts: list[int]) -> dict[str, di
         "rows": _sent(
             lambda: collectives.differentiable_all_to_all(rows, receive, send, group, "rows").sum().backward()
         ),
-        "gather": _sent(
-            lambda: collectives.differentiable_all_gather_rows(own, counts, group, "queries").sum().backward()
-        ),
-        "balanced": _sent(
-            lambda: collectives.balanced_all_gather_rows(own, counts, group, "negatives").sum().backward()
-        ),
+        "gather": _sent(lambda: Gathering(own, counts, group, "queries").rows().sum().backward()),
+        "balanced": _sent(lambda: Gathering(own, counts, group, "negatives", balanced=True).rows().sum().backward()),
         "counts": _sent(lambda: collectives.exchange_counts(np.array(send), ranks.host)),
         "sum": _sent(lambda: collectives.sum_over_ranks(torch.ones(7), group, "loss")),
     }

@@ -77,6 +77,13 @@ def test_a_benchmark_prints_its_table(tmp_path, arguments, rows):
         ),
         (
             [
+                *("benchmarks.overlap", "--delay-ms=0.5", "--rounds=1", "--steps=3", "--skip=1"),
+                *("--items=300", "--events=3000", "loss.negatives=8", "loss.in_batch=4"),
+            ],
+            ["0.5 "],
+        ),
+        (
+            [
                 *("benchmarks.plan", "--ranks=1", "--cases", "few negatives", "--rounds=2", "--steps=2"),
                 # Fewer batches an epoch than steps.
                 *("--items=300", "--events=600", "loss.negatives=8", "batch_size=16"),
@@ -90,7 +97,7 @@ def test_a_benchmark_prints_its_table(tmp_path, arguments, rows):
         (["benchmarks.preparation", "--events=3000", "threads=1"], ["end to end", "processor time"]),
         (["benchmarks.full_sort", "--items=300", "--sessions", "30", "60", "--dim=4"], ["30 ", "60 "]),
     ],
-    ids=["kernels", "bias", "torchrec", "catalog", "plan", "loading", "preparation", "full_sort"],
+    ids=["kernels", "bias", "torchrec", "catalog", "overlap", "plan", "loading", "preparation", "full_sort"],
 )
 def test_a_benchmark_without_a_data_set_prints_its_table(tmp_path, arguments, rows):
     output = ["--output", tmp_path / "out.json"] if "benchmarks.torchrec" in arguments else []

@@ -85,8 +85,10 @@ ONLY_IMPORTED_BY = {
     "gru4recf_dist.trainer": (
         "benchmarks.__main__",
         "benchmarks.catalog",
+        "benchmarks.overlap",
         "benchmarks.plan",
         "benchmarks.recbole",
+        "benchmarks.step_times",
         "benchmarks.wire",
         *(f"gru4recf_dist.{program}" for program in PROGRAMS),
     ),

@@ -191,7 +191,8 @@ def _loss_and_gradients(objective: Objective, queries, targets, weights, step):
     queries = queries.clone().requires_grad_()
     positives = table.weight[targets].requires_grad_()
     batch = _batch(targets, weights)
-    loss = objective(queries, candidates.join([positives]), batch, propose(objective, batch, step))
+    proposal = propose(objective, batch, step)
+    loss = objective(queries, candidates.join([positives]), batch, proposal, objective.fetch(proposal))
     loss.backward()
     table.apply_gradients(lr=1.0)
     gradient = before - table.weight

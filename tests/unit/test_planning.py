@@ -11,7 +11,7 @@ import pytest
 from gru4recf_dist import config as configuration
 from gru4recf_dist.config import LossConfig
 from gru4recf_dist.model.features import FeatureSpec
-from gru4recf_dist.parallel.collectives import gather_shares
+from gru4recf_dist.parallel.gathering import gather_shares
 from gru4recf_dist.plan import main
 from gru4recf_dist.planning import memory, popularity, speed, wire
 from gru4recf_dist.planning.workload import ItemFeature, Workload, expected_counts

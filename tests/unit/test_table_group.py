@@ -32,7 +32,7 @@ def _group(ranks, **config) -> TableGroup:
 
 
 def _backward(group: TableGroup, factor: float = 1.0) -> None:
-    sum((place * table.gather(IDS)).sum() * factor for place, table in enumerate(group, start=1)).backward()
+    sum((place * table.gather(IDS).rows()).sum() * factor for place, table in enumerate(group, start=1)).backward()
 
 
 def test_clipping_bounds_the_norm_over_all_tables(alone):

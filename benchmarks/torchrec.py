@@ -27,6 +27,7 @@ from benchmarks import peers
 from benchmarks.measuring import interleaved, launch, print_table
 from gru4recf_dist.config import TableConfig
 from gru4recf_dist.errors import UserError, exits_cleanly
+from gru4recf_dist.model.places import rows_at
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.parallel.ranks import Ranks
@@ -102,7 +103,7 @@ class ItemTable:
         """Look up, and update by the gradient [n, D] of what was looked up."""
         routing = route(self.table.partition, ids)
         rows = self.table.lookup(self.table.exchange(routing))
-        rows[routing.inverse[0]].backward(gradient)
+        rows_at(rows, routing.inverse[0]).backward(gradient)
         self.table.apply_gradients(LEARNING_RATE)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from gru4recf_dist.config import Config
 from gru4recf_dist.data.batches import PackedBatch
+from gru4recf_dist.model.places import rows_at
 from gru4recf_dist.model.subnets import ITEM_TABLE, subnet_of_parameter, subnet_of_table
 from gru4recf_dist.objective import Objective
 from gru4recf_dist.parallel import collectives, traffic
@@ -121,7 +122,7 @@ class TrainingStep:
         fetched = self.objective.fetch(proposal)
         events = {name: values.to(self.ranks.device) for name, values in batch.event_features.items()}
         queries = self.engine(looked.rows, looked.features, looked.places, batch.batch_sizes, events)
-        positives = self.model.candidates.join([rows[places] for rows, places in looked.targets])
+        positives = self.model.candidates.join([rows_at(*target) for target in looked.targets])
         return self.objective(queries, positives, batch, proposal, fetched)
 
     def _counts(self, batches: list[PackedBatch], stop: bool) -> collectives.PendingSum:

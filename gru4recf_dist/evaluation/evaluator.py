@@ -18,6 +18,7 @@ from gru4recf_dist.errors import UserError
 from gru4recf_dist.evaluation import ranking, score_tiles
 from gru4recf_dist.evaluation.metrics import RankHistogram
 from gru4recf_dist.evaluation.sessions import batch_count, read_batches
+from gru4recf_dist.model.places import rows_at
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.parallel.waits import to_host
@@ -156,7 +157,7 @@ class Evaluator:
         with torch.no_grad():
             routing = route(model.table.partition, batch.targets)
             places = routing.inverse[0].to(device)
-            rows = [rows[places].float() for rows in model.candidates.lookup(model.table.exchange(routing))]
+            rows = [rows_at(rows, places).float() for rows in model.candidates.lookup(model.table.exchange(routing))]
         scores = model.candidates.exact_scores(vectors, rows)
         seen = collectives.all_gather_rows(batch.seen.later(sum(counts[: self.ranks.rank])).columns(), runs, host)
         return _Queries(

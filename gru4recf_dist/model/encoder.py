@@ -22,6 +22,7 @@ from gru4recf_dist.model.event_features import EventInputs
 from gru4recf_dist.model.features import FeatureEmbedding, FeatureSpec
 from gru4recf_dist.model.fusions import dense_inputs, initial_weights, put_together
 from gru4recf_dist.model.packed_gru import PackedGRU
+from gru4recf_dist.model.places import rows_at
 from gru4recf_dist.model.scoring import transform_rows
 from gru4recf_dist.model.subnets import ITEM, feature_subnets, grouped, has_item_subnet, output_parts, subnets
 
@@ -132,7 +133,7 @@ class SessionEncoder(nn.Module):
         if has_item_subnet(self.config):
             output = None
             if ITEM in self.present:
-                inputs = self.dropout(rows[places])
+                inputs = self.dropout(rows_at(rows, places))
                 if self.config.fusion == "concat_input":
                     inputs = torch.cat([inputs, self._described(embeds[0], features, places)], dim=-1)
                 output = _run(self.item_gru_layers, self.event_inputs.beside(ITEM, inputs, events), batch_sizes)
@@ -148,7 +149,7 @@ class SessionEncoder(nn.Module):
 
     def _described(self, embed: nn.Module, features: dict[str, torch.Tensor], places: torch.Tensor) -> torch.Tensor:
         # Each distinct item's features are embedded once, however often it occurs.
-        return self.dropout_feature(embed(features)[places])
+        return self.dropout_feature(rows_at(embed(features), places))
 
     def _query(self, output: torch.Tensor) -> torch.Tensor:
         output = self.dropout_output(output)

@@ -36,7 +36,7 @@ class FeatureColumn:
     def rows(self, local: torch.Tensor) -> torch.Tensor:
         """The feature of local rows as int32 [n, width]; floats travel as their bits."""
         if self.indptr is None:
-            return self.values[local].reshape(len(local), self.width).view(torch.int32)
+            return self.values.index_select(0, local).reshape(len(local), self.width).view(torch.int32)
         start, stop = self.indptr[local], self.indptr[local + 1]
         places = start[:, None] + torch.arange(self.width, device=local.device)
         inside = places < stop[:, None]

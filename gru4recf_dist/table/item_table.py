@@ -179,7 +179,7 @@ class ShardedItemTable:
 
     def read(self, local: torch.Tensor) -> torch.Tensor:
         """This rank's rows ``local`` [n] as float32 [n, D] on the encoder's device; never differentiable."""
-        return transfers.move(self.weight[local.to(self.device)], self.ranks.device).float()
+        return transfers.move(self.weight.index_select(0, local.to(self.device)), self.ranks.device).float()
 
     def tiles(self, tile_rows: int) -> Iterator[tuple[int, torch.Tensor]]:
         """This rank's item rows, ``tile_rows`` at a time: (global id of the first, [n, D] on the encoder's device)."""
@@ -195,7 +195,7 @@ class ShardedItemTable:
         return not bool(torch.stack(self.weight.aminmax()).isfinite().all())
 
     def _leaf(self, local: torch.Tensor) -> torch.Tensor:
-        rows = self.weight[local]
+        rows = self.weight.index_select(0, local)
         if torch.is_grad_enabled() and not self.frozen:
             rows.requires_grad_()
             self._touched.append((local, rows))
@@ -225,7 +225,8 @@ class ShardedItemTable:
             return self.weight.new_empty(0, dtype=torch.int64), self.weight.new_empty(0, self.dim)
         rows, places = torch.unique(torch.cat([local for local, _ in touched]), return_inverse=True)
         gradient = self.weight.new_zeros(len(rows), self.dim)
-        gradient.index_add_(0, places, torch.cat([grad for _, grad in touched]))
+        gradients = [grad for _, grad in touched]
+        gradient.index_add_(0, places, gradients[0] if len(gradients) == 1 else torch.cat(gradients))
         return rows, gradient
 
     # -- state -------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class RowwiseAdagrad(RowOptimizer):
         self.state["sum_of_squares"] = weight.new_zeros(weight.shape[0])
 
     def _update(self, rows, gradient, lr):
-        total = self.state["sum_of_squares"][rows] + gradient.square().mean(dim=1)
+        total = self.state["sum_of_squares"].index_select(0, rows) + gradient.square().mean(dim=1)
         self.state["sum_of_squares"][rows] = total
         scale = -lr / (total.sqrt() + self.config.eps)
         self.weight.index_add_(0, rows, gradient * scale[:, None])
@@ -56,7 +56,7 @@ class RowAdagrad(RowOptimizer):
         self.state["sum_of_squares"] = torch.zeros_like(weight)
 
     def _update(self, rows, gradient, lr):
-        total = self.state["sum_of_squares"][rows] + gradient.square()
+        total = self.state["sum_of_squares"].index_select(0, rows) + gradient.square()
         self.state["sum_of_squares"][rows] = total
         self.weight.index_add_(0, rows, gradient / (total.sqrt() + self.config.eps), alpha=-lr)
 
@@ -74,8 +74,8 @@ class LazyAdam(RowOptimizer):
 
     def _update(self, rows, gradient, lr):
         beta1, beta2 = self.config.beta1, self.config.beta2
-        first = torch.lerp(gradient, self.state["first_moment"][rows], beta1)
-        second = torch.lerp(gradient.square(), self.state["second_moment"][rows], beta2)
+        first = torch.lerp(gradient, self.state["first_moment"].index_select(0, rows), beta1)
+        second = torch.lerp(gradient.square(), self.state["second_moment"].index_select(0, rows), beta2)
         self.state["first_moment"][rows] = first
         self.state["second_moment"][rows] = second
         denominator = (second / (1 - beta2**self.steps)).sqrt_().add_(self.config.eps)

@@ -6,7 +6,7 @@ arrays that a caller may have mapped from files that several ranks share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,8 @@ from gru4recf_dist.data.tokens import TokenFile
 
 # Any odd number would do; this is 2**64 over the golden ratio.
 _RADIX = np.uint64(0x9E3779B97F4A7C15)
+# Items that are hashed, and sorted, at a time.
+_BLOCK_ITEMS = 1 << 14
 
 
 class TokenIndex:
@@ -77,14 +79,11 @@ def read_token_index(data: str, manifest: Manifest, allocate: Callable[..., list
     def fill(ends: np.ndarray, text: np.ndarray, hashes: np.ndarray, ids: np.ndarray) -> None:
         place, ends[:2] = 0, 0
         for batch in file.batches():
-            rows, content = slice(place, place + len(batch)), _text(batch)
-            own = _ends(batch)
+            content = _text(batch)
             text[ends[place + 1] : ends[place + 1] + len(content)] = content
-            hashes[rows] = _hashes(own, content)
-            ends[place + 2 : place + 2 + len(batch)] = ends[place + 1] + own[1:]
-            place = rows.stop
-        order = np.argsort(hashes, kind="stable")
-        hashes[:], ids[:] = hashes[order], order + 1
+            ends[place + 2 : place + 2 + len(batch)] = ends[place + 1] + _ends(batch)[1:]
+            place += len(batch)
+        _fill_sorted(ends, text, hashes, ids)
 
     file = None
     # How much text there is every rank must know, to map it.
@@ -92,6 +91,36 @@ def read_token_index(data: str, manifest: Manifest, allocate: Callable[..., list
     items = manifest.items
     sizes = [(items + 2, np.int64), (max(int(size[0]), 1), np.uint8), (items, np.uint64), (items, np.int32)]
     return TokenIndex(*allocate(sizes, fill))
+
+
+def _fill_sorted(ends: np.ndarray, text: np.ndarray, hashes: np.ndarray, ids: np.ndarray) -> None:
+    """Hashes of all items, ascending, and the item of each; of equal hashes the first item comes first.
+
+    By a counting sort on the first bits of the hashes, and then by their rest: of all items at once there is nothing
+    but these arrays.
+    """
+    bits = max(1, (len(ids) // _BLOCK_ITEMS).bit_length())
+
+    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        for start in range(0, len(ids), _BLOCK_ITEMS):
+            own = ends[start + 1 : start + 2 + _BLOCK_ITEMS]
+            found = _hashes(own - own[0], text[own[0] : own[-1]])
+            part = (found >> np.uint64(64 - bits)).astype(np.int64)
+            order = np.argsort(part, kind="stable")
+            yield part[order], found[order], order + (start + 1)
+
+    numbers = sum(np.bincount(part, minlength=1 << bits) for part, _, _ in blocks())
+    ends_of = np.cumsum(numbers)
+    # The next free place of every part.
+    places_of = ends_of - numbers
+    for part, found, items in blocks():
+        met, first, number = np.unique(part, return_index=True, return_counts=True)
+        places = np.arange(len(part)) + np.repeat(places_of[met] - first, number)
+        hashes[places], ids[places] = found, items
+        places_of[met] += number
+    for start, stop in zip(ends_of - numbers, ends_of, strict=True):
+        order = np.argsort(hashes[start:stop], kind="stable")
+        hashes[start:stop], ids[start:stop] = hashes[start:stop][order], ids[start:stop][order]
 
 
 def _ends(tokens: pa.LargeStringArray) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -15,6 +17,9 @@ from gru4recf_dist.errors import UserError, first_line
 
 # Rows decoded at a time: tokens may be long, and hashing takes 24 bytes for each byte of theirs.
 _BATCH_ROWS = 1 << 14
+# Tokens of a file that is read as a whole, and bytes of any other that are at a time.
+_MOST_IN_MEMORY = 1 << 18
+_COPIED_BYTES = 1 << 20
 # Snappy makes 64 bytes of 3 at most. Zstandard has no such bound, nor have encodings that share what tokens begin with.
 _MOST_UNPACKED = 22
 _LARGEST_SMALL_FILE = 1 << 20
@@ -48,7 +53,7 @@ def read_tokens(url: str, expected: int) -> list[str]:
 
 
 class TokenFile:
-    """A Parquet file of ``expected`` tokens, in memory as it is stored.
+    """A Parquet file of ``expected`` tokens, in memory as it is stored; a large one mapped from the temporary folder.
 
     Like the rest of a data set it is not trusted: how much it unpacks to is known before it is unpacked.
 
@@ -58,12 +63,8 @@ class TokenFile:
 
     def __init__(self, url: str, expected: int) -> None:
         self._url, self._expected = url, expected
-        # Copied to Arrow's own memory: its threads outlive the read a little, and one that lets go of a Python object
-        # while Python ends aborts the process.
-        stream = pa.BufferOutputStream()
-        stream.write(storage.read_bytes(url))
-        content = pa.BufferReader(stream.getvalue())
         with self._explained():
+            content = _in_memory(url) if expected <= _MOST_IN_MEMORY else _mapped(url)
             # A value that is there a thousand times stays one.
             as_dictionary = pq.ParquetFile(content, read_dictionary=["token"])
             self._check_metadata(as_dictionary, content.size())
@@ -119,6 +120,26 @@ class TokenFile:
         except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, MemoryError, OverflowError) as error:
             reason = first_line(error)
             raise UserError(f"{self._url}: damaged, or no Parquet file with a column 'token' ({reason})") from error
+
+
+def _in_memory(url: str) -> pa.NativeFile:
+    # Copied to Arrow's own memory: its threads outlive the read a little, and one that lets go of a Python object
+    # while Python ends aborts the process.
+    stream = pa.BufferOutputStream()
+    stream.write(storage.read_bytes(url))
+    return pa.BufferReader(stream.getvalue())
+
+
+def _mapped(url: str) -> pa.NativeFile:
+    """As a file that has lost its name already: nothing stays behind, and nobody else can shorten it."""
+    with storage.open_read(url) as source, tempfile.NamedTemporaryFile(prefix="gru4recf-") as copy:
+        try:
+            shutil.copyfileobj(source, copy, _COPIED_BYTES)
+            copy.flush()
+        except OSError as error:
+            reason = f"cannot hold a copy of {url} ({error.strerror})"
+            raise UserError(f"TMPDIR: {tempfile.gettempdir()} {reason}") from error
+        return pa.memory_map(copy.name)
 
 
 def _most_bytes(size: int) -> int:

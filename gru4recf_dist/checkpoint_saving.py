@@ -23,7 +23,7 @@ from gru4recf_dist.monitoring import Monitor
 from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel.engines import Engine
 from gru4recf_dist.parallel.ranks import Ranks
-from gru4recf_dist.parallel.whereabouts import HERE
+from gru4recf_dist.parallel.whereabouts import BACKGROUND, HERE, IDLE, LEFT_TO_BACKGROUND
 from gru4recf_dist.table.table_group import TableGroup
 
 GIB = 1 << 30
@@ -64,7 +64,7 @@ class CheckpointSaver:
         self._checkpoints, self._config, self._ranks, self._monitor = checkpoints, config, ranks, monitor
         self._thread = None
         if config.in_background:
-            self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=HERE.ignore_this_thread)
+            self._thread = ThreadPoolExecutor(1, "checkpoint", HERE.note_this_thread_in, (BACKGROUND,))
         self._last: _Write | None = None
         self._pending: Future[None] | None = None
         self._failures = 0
@@ -94,8 +94,14 @@ class CheckpointSaver:
             self._settle()
             return
         tensors = copied_tensors(engine, tables)
-        self._pending = self._thread.submit(self._write, write, tensors, commit, self._ranks.in_background())
+        self._pending = self._thread.submit(self._write_in_background, write, tensors, commit)
         write.waited_seconds = time.perf_counter() - write.started
+
+    def _write_in_background(self, write: _Write, tensors: dict[str, torch.Tensor], commit: dict) -> None:
+        BACKGROUND.enter("checkpoint", write.step)
+        self._write(write, tensors, commit, self._ranks.in_background())
+        # Where it has failed for want of another rank, it stays where it is.
+        BACKGROUND.enter(IDLE)
 
     def _write(self, write: _Write, tensors: dict[str, torch.Tensor], commit: dict, ranks: Ranks) -> None:
         try:
@@ -113,9 +119,11 @@ class CheckpointSaver:
         """
         if self._pending is None:
             return
-        before = time.perf_counter()
+        before, phase = time.perf_counter(), HERE.phase
         pending, self._pending = self._pending, None
+        HERE.enter(LEFT_TO_BACKGROUND)
         pending.result()
+        HERE.enter(phase)
         self._last.waited_seconds += time.perf_counter() - before
         self._settle()
 

@@ -14,7 +14,7 @@ from gru4recf_dist.data.blocks import Block
 from gru4recf_dist.objective import Objective
 from gru4recf_dist.parallel import traffic
 from gru4recf_dist.parallel.ranks import Ranks
-from gru4recf_dist.parallel.whereabouts import HERE
+from gru4recf_dist.parallel.whereabouts import HERE, Whereabouts
 from gru4recf_dist.recommender import Recommender
 from gru4recf_dist.table.batch_negatives import BatchTargets
 from gru4recf_dist.table.item_table import Exchange
@@ -70,7 +70,7 @@ class StepsAhead:
 
     def __init__(self, config: Config, model: Recommender, objective: Objective, ranks: Ranks) -> None:
         self._config, self._model, self._objective, self._ranks = config, model, objective, ranks.ahead_of_step()
-        self._thread = ThreadPoolExecutor(1, "ids ahead", initializer=HERE.ignore_this_thread)
+        self._thread = ThreadPoolExecutor(1, "ids ahead", HERE.note_this_thread_in, (Whereabouts(),))
         self._last: Future[Told] | None = None
 
     def prepare(self, block: Block) -> PreparedStep:

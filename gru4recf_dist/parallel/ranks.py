@@ -16,7 +16,7 @@ import torch.distributed as dist
 from gru4recf_dist.errors import RanksLost, UserError, report_from_every_rank
 from gru4recf_dist.launcher import end_with_launcher
 from gru4recf_dist.parallel.roll_call import RollCall
-from gru4recf_dist.parallel.whereabouts import HERE
+from gru4recf_dist.parallel.whereabouts import BACKGROUND, HERE
 
 
 @dataclass(frozen=True)
@@ -126,20 +126,21 @@ def running(device: str, timeout_seconds: int, keep: Callable[[str, bytes], None
     end_with_launcher()
     ranks = start(device, timeout_seconds)
     report_from_every_rank()
-    roll_call = None
-    if ranks.world > 1:
-        store = dist.PrefixStore("roll_call", dist.distributed_c10d._get_default_store().clone())
-        roll_call = RollCall(ranks.rank, ranks.world, timeout_seconds, store, keep)
-        roll_call.start()
+    roll_calls = []
+    # Who has not arrived in a checkpoint's thread may well be on time in the training.
+    for name, here in (("background", BACKGROUND), ("roll_call", HERE)) if ranks.world > 1 else ():
+        store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store().clone())
+        roll_calls.append(RollCall(ranks.rank, ranks.world, timeout_seconds, store, keep, here))
+        roll_calls[-1].start()
     try:
         yield ranks
         wait_for_all(ranks)
     except RuntimeError as error:
         if not _tells_of_others(error):
             raise
-        found = roll_call.findings() if roll_call else None
+        found = next(filter(None, (roll_call.findings() for roll_call in roll_calls)), None)
         raise RanksLost(found or f"{HERE.position()}: another rank is gone ({_torchs_reason(error)})") from error
-    if roll_call:
+    for roll_call in roll_calls:
         roll_call.stop()
     stop()
 

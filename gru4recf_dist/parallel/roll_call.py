@@ -20,7 +20,7 @@ from torch._C import _distributed_c10d
 
 from gru4recf_dist.errors import UserError, redacted
 from gru4recf_dist.frames import current_frames
-from gru4recf_dist.parallel.whereabouts import HERE, Position, Whereabouts
+from gru4recf_dist.parallel.whereabouts import HERE, IDLE, LEFT_TO_BACKGROUND, Position, Whereabouts
 
 # Shares of the time-out after which a rank that does not get on listens to what the others tell, and then looks for who
 # is missing: when it is over, it cannot any more. In between each of them tells its position four times at least.
@@ -35,6 +35,7 @@ class RollCall:
         timeout_seconds: how long collectives wait.
         store: shared by the ranks; a connection of its own, as a slow request holds the others up.
         keep: is given the name and content of files that tell about a hang, to keep them; None: nothing is kept.
+        here: of the thread whose calls are compared with those of the other ranks' threads.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class RollCall:
                 # Who hangs cannot know that it does: the others ask it for what it is doing.
                 self._answered.add(alarm)
                 self._keep_evidence(mine)
-        if mine.seconds < LISTEN_AFTER * self._timeout:
+        if mine.phase in (IDLE, LEFT_TO_BACKGROUND) or mine.seconds < LISTEN_AFTER * self._timeout:
             self._heard = None
         elif self._heard is None:
             self._heard, self._heard_at = self._told(), time.monotonic()

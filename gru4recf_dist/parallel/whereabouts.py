@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+# Phases of a thread that has nothing to do, and of training that waits for it: neither looks for missing ranks.
+IDLE = "idle"
+LEFT_TO_BACKGROUND = "waiting for the checkpoint before"
+
 
 @dataclass(frozen=True)
 class Position:
@@ -38,7 +42,7 @@ class Position:
 
 @dataclass
 class Whereabouts:
-    """Kept by the thread that trains, at the cost of a few assignments; read by others.
+    """Kept by the thread that works, at the cost of a few assignments; read by others.
 
     Attributes:
         waited_seconds: spent waiting so far.
@@ -58,34 +62,35 @@ class Whereabouts:
         if step is not None:
             self.step = step
 
-    def ignore_this_thread(self) -> None:
-        """The collectives of the calling thread are not the training's."""
-        self._others.is_this = True
+    def note_this_thread_in(self, other: Whereabouts) -> None:
+        """The collectives of the calling thread are not the training's: from now on, ``other`` has them."""
+        self._others.has_this = other
 
     def waiting(self, purpose: str) -> _Waiting:
         """Around a collective, or what else waits for all ranks. If it fails, the position stays the one within it."""
-        return _Waiting(self, purpose, self._is_ignored)
+        return _Waiting(self._of_this_thread, purpose)
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
         """Within `waiting`, around work of this rank alone: if it takes long, the others wait for this rank."""
-        purpose = self.waiting_in
-        if purpose is None or self._is_ignored:
+        here = self._of_this_thread
+        purpose = here.waiting_in
+        if purpose is None:
             yield
             return
-        self._end()
+        here._end()
         try:
             yield
         finally:
-            self._begin(purpose)
+            here._begin(purpose)
 
     def position(self) -> Position:
         """As it is now."""
         return Position(self.step, self.phase, self.calls, self.waiting_in, time.monotonic() - self._since)
 
     @property
-    def _is_ignored(self) -> bool:
-        return hasattr(self._others, "is_this")
+    def _of_this_thread(self) -> Whereabouts:
+        return getattr(self._others, "has_this", self)
 
     def _begin(self, purpose: str) -> None:
         self.calls += 1
@@ -98,17 +103,18 @@ class Whereabouts:
 
 
 class _Waiting:
-    def __init__(self, whereabouts: Whereabouts, purpose: str, ignored: bool) -> None:
-        self._whereabouts, self._purpose, self._ignored = whereabouts, purpose, ignored
+    def __init__(self, whereabouts: Whereabouts, purpose: str) -> None:
+        self._whereabouts, self._purpose = whereabouts, purpose
 
     def __enter__(self) -> None:
-        if not self._ignored:
-            self._whereabouts._begin(self._purpose)
+        self._whereabouts._begin(self._purpose)
 
     def __exit__(self, kind, error, trace) -> None:
-        if kind is None and not self._ignored:
+        if kind is None:
             self._whereabouts._end()
 
 
-# One process is one rank, so there is one.
+# One process is one rank, so there is one of the training.
 HERE = Whereabouts()
+# And one of the thread that writes checkpoints meanwhile.
+BACKGROUND = Whereabouts(phase=IDLE)

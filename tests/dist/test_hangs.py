@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 4
 # Not the last of an epoch, which is logged.
 LATE_STEP = 4
+CHECKPOINTS = (f"checkpoint.every_steps={LATE_STEP}", "checkpoint.every_epochs=null")
 
 
 def hang(_: Ranks, config: Config, late: int, where: str) -> str:
@@ -61,7 +62,14 @@ def hang(_: Ranks, config: Config, late: int, where: str) -> str:
                 last.register_hook(lambda gradient: sleepy(lambda: None))
             elif where == "checkpoint":
                 write = dcp.FileSystemWriter.write_data
-                dcp.FileSystemWriter.write_data = lambda *arguments: sleepy(write, *arguments)
+
+                def sleepy_write(*arguments):
+                    # The first one; meanwhile training goes on, if it is written in the background.
+                    dcp.FileSystemWriter.write_data = write
+                    time.sleep(TIMEOUT_SECONDS + 3 if ranks.rank == late else 0)
+                    return write(*arguments)
+
+                dcp.FileSystemWriter.write_data = sleepy_write
             else:
                 apply = trainer.model.tables.apply_gradients
                 trainer.model.tables.apply_gradients = lambda *arguments: sleepy(apply, *arguments)
@@ -77,8 +85,10 @@ def hang(_: Ranks, config: Config, late: int, where: str) -> str:
         ("forward", LATE_STEP, 1, ()),
         ("update", LATE_STEP + 1, 0, ()),
         ("backward", LATE_STEP, 2, ()),
-        ("checkpoint", LATE_STEP, 1, (f"checkpoint.every_steps={LATE_STEP}", "checkpoint.async=false")),
+        ("checkpoint", LATE_STEP, 1, (*CHECKPOINTS, "checkpoint.async=false")),
+        ("checkpoint", LATE_STEP, 1, (*CHECKPOINTS, "checkpoint.async=true")),
     ],
+    ids=["forward", "update", "backward", "checkpoint", "checkpoint in the background"],
 )
 def test_the_late_rank_its_step_and_phase_are_named(tmp_path, data, where, step, late, options):  # noqa: F811
     config = small_config(data, tmp_path / "run", "monitoring.log_every_steps=10", *options)

@@ -11,7 +11,7 @@ import pytest
 from gru4recf_dist.parallel.roll_call import RollCall, describe, missing, others_look
 from gru4recf_dist.parallel.slow_ranks import SlowRanks, ratios
 from gru4recf_dist.parallel.waits import to_host
-from gru4recf_dist.parallel.whereabouts import HERE, Position, Whereabouts
+from gru4recf_dist.parallel.whereabouts import HERE, IDLE, Position, Whereabouts
 
 
 def position(calls: int, phase: str = "forward", waiting_in: str | None = None) -> Position:
@@ -148,12 +148,14 @@ def test_the_host_waits_for_a_device_as_for_the_ranks_that_the_device_waits_for(
 
 
 def test_the_collectives_of_a_thread_beside_the_training_do_not_count():
-    here = Whereabouts()
+    here, other = Whereabouts(), Whereabouts()
 
     def beside() -> None:
-        here.ignore_this_thread()
+        here.note_this_thread_in(other)
         with here.waiting("other"):
-            assert here.position().waiting_in is None
+            assert here.position().waiting_in is None and other.position().waiting_in == "other"
+            with here.working():
+                assert other.position().waiting_in is None
 
     thread = threading.Thread(target=beside)
     thread.start()
@@ -161,6 +163,17 @@ def test_the_collectives_of_a_thread_beside_the_training_do_not_count():
     with here.waiting("loss"):
         pass
     assert here.calls == 1
+
+
+def test_a_thread_without_work_does_not_look_for_anybody():
+    store, here = Store(), Whereabouts(phase=IDLE)
+    roll_call = RollCall(0, 2, 100, store, here=here)
+    here._since -= 1000
+    roll_call._look()
+    roll_call._look()
+    assert not store.check(["alarm"]) and roll_call.findings() is None
+    # But it tells where it is.
+    assert json.loads(store.get("position/0"))["phase"] == IDLE
 
 
 def test_a_rank_is_compared_with_the_median_of_the_others():

@@ -87,6 +87,9 @@ class _Transfer:
     def __init__(self, counts: list[int], group: dist.ProcessGroup, purpose: str) -> None:
         self.counts, self.group, self.purpose = counts, group, purpose
         self._mine, self._longest = counts[group.rank()], max(counts)
+        self._work: dist.Work | None = None
+        # Where this rank's gradients will be.
+        self._share: torch.Tensor | None = None
 
     def send(self, rows: torch.Tensor) -> torch.Tensor:
         """Returns where the rows will be: each rank's, padded to the longest."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 import numpy as np
 import pyarrow as pa
 
+from gru4recf_dist.data.counting_sort import take_places
 from gru4recf_dist.data.shard_format import Manifest, file_url
 from gru4recf_dist.data.tokens import TokenFile
 
@@ -101,24 +102,21 @@ def _fill_sorted(ends: np.ndarray, text: np.ndarray, hashes: np.ndarray, ids: np
     """
     bits = max(1, (len(ids) // _BLOCK_ITEMS).bit_length())
 
-    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def blocks() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Of each block: the place of its first item, hashes, and their first bits."""
         for start in range(0, len(ids), _BLOCK_ITEMS):
             own = ends[start + 1 : start + 2 + _BLOCK_ITEMS]
             found = _hashes(own - own[0], text[own[0] : own[-1]])
-            part = (found >> np.uint64(64 - bits)).astype(np.int64)
-            order = np.argsort(part, kind="stable")
-            yield part[order], found[order], order + (start + 1)
+            yield start, found, (found >> np.uint64(64 - bits)).astype(np.int64)
 
-    numbers = sum(np.bincount(part, minlength=1 << bits) for part, _, _ in blocks())
-    ends_of = np.cumsum(numbers)
-    # The next free place of every part.
-    places_of = ends_of - numbers
-    for part, found, items in blocks():
-        met, first, number = np.unique(part, return_index=True, return_counts=True)
-        places = np.arange(len(part)) + np.repeat(places_of[met] - first, number)
-        hashes[places], ids[places] = found, items
-        places_of[met] += number
-    for start, stop in zip(ends_of - numbers, ends_of, strict=True):
+    numbers = sum(np.bincount(part, minlength=1 << bits) for _, _, part in blocks())
+    stops = np.cumsum(numbers)
+    next_places = stops - numbers
+    for start, found, part in blocks():
+        order = np.argsort(part, kind="stable")
+        places = take_places(part[order], next_places)
+        hashes[places], ids[places] = found[order], order + (start + 1)
+    for start, stop in zip(stops - numbers, stops, strict=True):
         order = np.argsort(hashes[start:stop], kind="stable")
         hashes[start:stop], ids[start:stop] = hashes[start:stop][order], ids[start:stop][order]
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from gru4recf_dist.config import LossConfig
 from gru4recf_dist.data import storage
+from gru4recf_dist.data.counting_sort import take_places
 from gru4recf_dist.data.shard_format import Manifest, file_url
 from gru4recf_dist.errors import UserError
 from gru4recf_dist.parallel.node_arrays import Allocate, in_memory
@@ -147,11 +148,9 @@ def _fill_order(counts: np.ndarray, by_rank: np.ndarray, rank: np.ndarray) -> No
     for start in range(0, len(counts), _BLOCK_ITEMS):
         value = np.searchsorted(values, counts[start : start + _BLOCK_ITEMS])
         order = np.argsort(value, kind="stable")
-        met, first, number = np.unique(value[order], return_index=True, return_counts=True)
-        places = np.arange(len(order)) + np.repeat(places_of[met] - first, number)
+        places = take_places(value[order], places_of)
         by_rank[places] = order + (start + 1)
         rank[order + start] = places
-        places_of[met] += number
 
 
 def read_popularity(data: str, manifest: Manifest, allocate: Allocate = in_memory) -> np.ndarray:

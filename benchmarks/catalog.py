@@ -94,8 +94,7 @@ def _measure(config: Config, steps: int, skip: int) -> None:
     ranks = process_ranks.start(config.device, config.timeout_seconds)
     memory = MemoryGrowth()
     trainer = Trainer(config, ranks)
-    with trainer.ahead.settled():
-        seconds = step_seconds(trainer, steps, skip)
+    seconds = step_seconds(trainer, steps, skip)
     share = sum(tensor.to_local().nbytes for tensor in trainer.model.tables.state_dict().values())
     held = memory.of_largest_rank(share, ranks)
     if ranks.is_first:

@@ -28,7 +28,7 @@ from benchmarks.measuring import launch, print_table
 from benchmarks.step_times import step_seconds
 from gru4recf_dist import config as configuration
 from gru4recf_dist.errors import exits_cleanly
-from gru4recf_dist.parallel import collectives, gathering
+from gru4recf_dist.parallel import collectives
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.trainer import Trainer
 
@@ -73,8 +73,7 @@ def _measure(arguments: argparse.Namespace) -> None:
         if in_line:
             trainer.ahead._thread = _AtResult()
         _delay(arguments.delay_ms[0] / 1000, in_line)
-        with trainer.ahead.settled():
-            seconds = step_seconds(trainer, arguments.steps, arguments.skip)
+        seconds = step_seconds(trainer, arguments.steps, arguments.skip)
     if ranks.is_first:
         print(json.dumps(statistics.median(seconds)), flush=True)
 
@@ -92,7 +91,7 @@ def _delay(seconds: float, in_line: bool) -> None:
         return begun
 
     dist.all_to_all_single, dist.all_reduce = later(dist.all_to_all_single), later(dist.all_reduce)
-    collectives.all_gather_single = gathering.all_gather_single = later(collectives.all_gather_single)
+    collectives.all_gather_single = later(collectives.all_gather_single)
 
 
 class _Late:

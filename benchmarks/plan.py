@@ -92,6 +92,8 @@ def _measure(arguments: argparse.Namespace) -> None:
                 taken = [_timed(lambda: trainer.update(next(batches))) for _ in range(2 + arguments.steps)][2:]
                 measured, computed = (statistics.median(each) for each in zip(*taken, strict=True))
                 rounds.append({"planned": seconds, "measured": measured, "computed": computed})
+        # Of the step that was prepared and not made.
+        trainer.ahead.settle()
     if ranks.is_first:
         print(json.dumps(rounds), flush=True)
 
@@ -99,7 +101,7 @@ def _measure(arguments: argparse.Namespace) -> None:
 def _batches(trainer: Trainer) -> Generator[PreparedStep]:
     """Of one epoch after the other."""
     while True:
-        with closing(trainer.loader.prepared(trainer.ahead.prepare)) as batches:
+        with trainer.ahead.rest_of_epoch(trainer.loader) as batches:
             yield from batches
 
 

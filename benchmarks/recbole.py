@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -216,7 +215,7 @@ def _ours(config: Config, ranks: Ranks, budget: float, arguments: argparse.Names
     clock, best, since_best = 0.0, -1.0, 0
     while clock < budget and since_best < arguments.patience:
         started, wall = time.process_time(), time.perf_counter()
-        with closing(trainer.loader.prepared(trainer.ahead.prepare)) as batches:
+        with trainer.ahead.rest_of_epoch(trainer.loader) as batches:
             for _ in range(trainer.loader.steps_left):
                 trainer.update(next(batches))
         trained, train_wall_seconds = time.process_time(), time.perf_counter() - wall

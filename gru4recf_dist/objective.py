@@ -76,10 +76,9 @@ class Objective:
         """
         if proposal is None:
             each = self._full(queries, positives)
-        elif self.config.name == "sampled_softmax":
-            each = self._sampled(queries, positives, batch.targets, proposal, self.candidates.gathered(fetched))
         else:
-            each = self._ranking(queries, positives, batch.targets, proposal, self.candidates.gathered(fetched))
+            rows = self.candidates.gathered(fetched)
+            each = self._over_negatives(queries, positives, batch.targets, proposal, rows)
         weights = batch.weights.to(device=each.device, dtype=each.dtype)
         return (each * weights).sum()
 
@@ -97,7 +96,7 @@ class Objective:
         total = torch.logsumexp(mine.view(len(counts), len(queries)), dim=0)
         return total - (queries * positives).sum(dim=-1)
 
-    def _sampled(
+    def _over_negatives(
         self,
         queries: torch.Tensor,
         positives: torch.Tensor,
@@ -105,42 +104,21 @@ class Objective:
         proposal: StepProposal,
         rows: torch.Tensor,
     ) -> torch.Tensor:
-        negatives = proposal.negatives
+        """Sampled softmax, or a ranking loss."""
+        config, negatives = self.config, proposal.negatives
+        compared = (queries, positives, rows)
+        exclude = losses.columns_of(targets, torch.from_numpy(negatives.ids)).to(queries.device)
+        if config.name != "sampled_softmax":
+            counts = torch.from_numpy(negatives.counts).to(queries.device)
+            settings = (config.regularization, config.elu, config.block_rows)
+            return ranking_loss(config.name, *compared, counts, exclude, *settings)
         correction = np.log(negatives.counts)
-        if self.config.logq != "off":
+        if config.logq != "off":
             correction = correction - negatives.log_expected
         positive_correction = None
-        if self.config.logq == "classic":
+        if config.logq == "classic":
             # The padding target of a position that does not count has no probability: any item stands in.
             expected = proposal.log_expected(targets.clamp(min=1).numpy())
             positive_correction = torch.from_numpy(expected).to(queries)
-        return losses.sampled_softmax(
-            queries,
-            positives,
-            rows,
-            torch.from_numpy(correction).to(queries),
-            losses.columns_of(targets, torch.from_numpy(negatives.ids)).to(queries.device),
-            positive_correction,
-            self.config.block_rows,
-        )
-
-    def _ranking(
-        self,
-        queries: torch.Tensor,
-        positives: torch.Tensor,
-        targets: torch.Tensor,
-        proposal: StepProposal,
-        rows: torch.Tensor,
-    ) -> torch.Tensor:
-        negatives = proposal.negatives
-        return ranking_loss(
-            self.config.name,
-            queries,
-            positives,
-            rows,
-            torch.from_numpy(negatives.counts).to(queries.device),
-            losses.columns_of(targets, torch.from_numpy(negatives.ids)).to(queries.device),
-            self.config.regularization,
-            self.config.elu,
-            self.config.block_rows,
-        )
+        correction = torch.from_numpy(correction).to(queries)
+        return losses.sampled_softmax(*compared, correction, exclude, positive_correction, config.block_rows)

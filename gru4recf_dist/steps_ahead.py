@@ -11,6 +11,7 @@ from typing import NamedTuple
 from gru4recf_dist.config import Config
 from gru4recf_dist.data.batches import PackedBatch, pack_micro_batches
 from gru4recf_dist.data.blocks import Block
+from gru4recf_dist.data.streams import SessionLoader
 from gru4recf_dist.objective import Objective
 from gru4recf_dist.parallel import traffic
 from gru4recf_dist.parallel.ranks import Ranks
@@ -21,13 +22,13 @@ from gru4recf_dist.table.item_table import Exchange
 from gru4recf_dist.table.partition import Routing, route
 
 
-class RowsOf(NamedTuple):
-    """Of the rows that a micro-batch needs: those of its inputs (and targets, if they are rows of the same table), and
-    those of its targets elsewhere; None if there are none.
+class Exchanges(NamedTuple):
+    """Of the rows that a micro-batch needs: of its inputs (and targets, if they are rows of the same table), and of its
+    targets elsewhere; None if there are none.
     """
 
-    inputs: Routing | Exchange
-    outputs: Routing | Exchange | None
+    inputs: Exchange
+    outputs: Exchange | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Told:
         sent: what this took of this rank.
     """
 
-    exchanges: list[RowsOf]
+    exchanges: list[Exchanges]
     targets: BatchTargets | None
     sent: traffic.Traffic
 
@@ -85,27 +86,30 @@ class StepsAhead:
         return PreparedStep(packed, self._last)
 
     @contextlib.contextmanager
-    def settled(self) -> Iterator[None]:
-        """Around steps: where it is left without an error, no exchange is under way, even of a step that is not made.
+    def rest_of_epoch(self, loader: SessionLoader) -> Iterator[Iterator[PreparedStep]]:
+        """The rest of ``loader``'s epoch. However it is left, the thread that prepares the next step has then ended.
 
-        Every rank must leave it after the same step.
+        Left without an error, which every rank must do after the same step, it is settled too.
         """
-        yield
+        with contextlib.closing(loader.prepared(self.prepare)) as steps:
+            yield steps
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until no exchange is under way, even of a step that is not made; all ranks must have prepared it."""
         if self._last is not None:
             with HERE.waiting("ids"):
                 self._last.result()
 
-    def _route(self, batch: PackedBatch) -> RowsOf:
+    def _route(self, batch: PackedBatch) -> list[Routing]:
+        """Of each of the batch's `Exchanges`."""
         partition, model = self._model.table.partition, self._model
         # Distinct ids travel once where inputs and targets are rows of one table.
         ids = (batch.items, batch.targets) if model.shares_rows else (batch.items,)
-        return RowsOf(route(partition, *ids), route(partition, batch.targets) if model.has_other_outputs else None)
+        return [route(partition, *ids), *([route(partition, batch.targets)] if model.has_other_outputs else [])]
 
-    def _tell(self, packed: list[PackedBatch], routings: list[RowsOf]) -> Told:
+    def _tell(self, packed: list[PackedBatch], routings: list[list[Routing]]) -> Told:
         table, host = self._model.table, self._ranks.host
         with traffic.counted_apart() as sent:
-            exchanges = [
-                RowsOf(*(None if routing is None else table.exchange(routing, host) for routing in both))
-                for both in routings
-            ]
+            exchanges = [Exchanges(*(table.exchange(each, host) for each in of_batch)) for of_batch in routings]
             return Told(exchanges, self._objective.batch_targets(packed, self._ranks), sent)

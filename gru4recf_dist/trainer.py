@@ -129,8 +129,7 @@ class Trainer:
             steps, progress.epoch = self.loader.steps_left, self.loader.epoch
             if self._enter_phase() and self.config.training.strategy != "interleaving":
                 self.monitor.say(f"epoch {progress.epoch + 1}: training of {', '.join(self._phase.trained)}")
-            # However the loop is left, the thread that prepares the next batch has then ended.
-            with self.ahead.settled(), closing(self.loader.prepared(self.ahead.prepare)) as batches:
+            with self.ahead.rest_of_epoch(self.loader) as batches:
                 for left in range(steps - 1, -1, -1):
                     before, waited = time.perf_counter(), HERE.waited_seconds
                     HERE.enter("reading", progress.step + 1)

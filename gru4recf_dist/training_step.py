@@ -22,7 +22,7 @@ from gru4recf_dist.parallel.ranks import Ranks
 from gru4recf_dist.parallel.waits import to_host
 from gru4recf_dist.parallel.whereabouts import HERE
 from gru4recf_dist.recommender import Recommender
-from gru4recf_dist.steps_ahead import PreparedStep, RowsOf
+from gru4recf_dist.steps_ahead import Exchanges, PreparedStep
 from gru4recf_dist.strategies import Phase
 from gru4recf_dist.table.batch_negatives import StepProposal
 
@@ -115,7 +115,7 @@ class TrainingStep:
             norm = table_norm = torch.tensor(math.nan)
         return StepResult(total_loss, targets, events, sessions_lost, stops > 0, finite, broken, norm, table_norm)
 
-    def _loss(self, batch: PackedBatch, exchanges: RowsOf, proposal: StepProposal | None) -> torch.Tensor:
+    def _loss(self, batch: PackedBatch, exchanges: Exchanges, proposal: StepProposal | None) -> torch.Tensor:
         """Sum of this rank's losses over a micro-batch."""
         looked = self.model.lookup(*exchanges)
         # After the rows that the encoder waits for.

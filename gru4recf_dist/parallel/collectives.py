@@ -67,8 +67,7 @@ def row_bytes(rows: torch.Tensor) -> int:
     return math.prod(rows.shape[1:]) * rows.element_size()
 
 
-def padded(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """``rows``, and zeros after them up to ``count``."""
+def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
     if rows.shape[0] == count:
         return rows.contiguous()
     return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])])
@@ -78,6 +77,21 @@ def own_places(counts: list[int], device: torch.device) -> torch.Tensor:
     """Indices of the real rows among W padded shares of max(counts) rows."""
     longest = max(counts)
     return torch.cat([torch.arange(count, device=device) + rank * longest for rank, count in enumerate(counts)])
+
+
+def begin_all_gather(
+    rows: torch.Tensor, counts: list[int], group: dist.ProcessGroup, purpose: str
+) -> tuple[torch.Tensor, dist.Work]:
+    """As `all_gather_rows`, on its way: where each rank's rows, padded to the longest, will be; for `unpadded` then."""
+    longest = max(counts)
+    gathered = rows.new_empty(longest * len(counts), *rows.shape[1:])
+    traffic.counts().add(purpose, (len(counts) - 1) * longest * row_bytes(rows))
+    return gathered, all_gather_single(gathered, _padded(rows, longest), group=group, async_op=True)
+
+
+def unpadded(gathered: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """The rows of `begin_all_gather` that are any rank's."""
+    return gathered if min(counts) == max(counts) else gathered[own_places(counts, gathered.device)]
 
 
 def all_gather_rows(
@@ -94,14 +108,10 @@ def all_gather_rows(
     """
     if group.size() == 1:
         return rows
-    longest = max(counts)
-    gathered = rows.new_empty(longest * len(counts), *rows.shape[1:])
-    traffic.counts().add(purpose, (len(counts) - 1) * longest * row_bytes(rows))
     with HERE.waiting(purpose):
-        all_gather_single(gathered, padded(rows, longest), group=group)
-    if min(counts) == longest:
-        return gathered
-    return gathered[own_places(counts, rows.device)]
+        gathered, work = begin_all_gather(rows, counts, group, purpose)
+        work.wait()
+    return unpadded(gathered, counts)
 
 
 def exchange_counts(counts: np.ndarray, group: dist.ProcessGroup) -> list[int]:

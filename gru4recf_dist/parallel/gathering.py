@@ -13,11 +13,11 @@ import torch.distributed as dist
 
 from gru4recf_dist.parallel import traffic
 from gru4recf_dist.parallel.collectives import (
-    all_gather_single,
+    begin_all_gather,
     differentiable_all_to_all,
     own_places,
-    padded,
     row_bytes,
+    unpadded,
 )
 from gru4recf_dist.parallel.whereabouts import HERE
 
@@ -93,16 +93,14 @@ class _Transfer:
 
     def send(self, rows: torch.Tensor) -> torch.Tensor:
         """Returns where the rows will be: each rank's, padded to the longest."""
-        gathered = rows.new_empty(self._longest * len(self.counts), *rows.shape[1:])
-        self._count(self.purpose, self._longest * row_bytes(rows))
-        self._work = all_gather_single(gathered, padded(rows, self._longest), group=self.group, async_op=True)
+        gathered, self._work = begin_all_gather(rows, self.counts, self.group, self.purpose)
         return gathered
 
     def receive(self, gathered: torch.Tensor) -> torch.Tensor:
         self._finish(self.purpose)
-        if min(self.counts) == self._longest:
-            return gathered.view_as(gathered)
-        return gathered[own_places(self.counts, gathered.device)]
+        rows = unpadded(gathered, self.counts)
+        # Not the very tensor that came in, which autograd would take for one that was changed.
+        return rows.view_as(rows)
 
     def send_gradients(self, gradient: torch.Tensor) -> None:
         world = len(self.counts)
@@ -112,7 +110,7 @@ class _Transfer:
                 spread[own_places(self.counts, gradient.device)] = gradient
                 gradient = spread
             self._share = gradient.new_empty(self._longest, *gradient.shape[1:])
-            self._count(self._back, self._longest * row_bytes(gradient))
+            traffic.counts().add(self._back, (world - 1) * self._longest * row_bytes(gradient))
             self._work = _reduce_scatter_single(self._share, gradient.contiguous(), group=self.group, async_op=True)
             return
         # gloo makes an all-reduce of a reduce-scatter: twice the bytes.
@@ -132,9 +130,6 @@ class _Transfer:
     @property
     def _back(self) -> str:
         return traffic.GRADIENTS_OF.get(self.purpose, self.purpose)
-
-    def _count(self, purpose: str, share_bytes: float) -> None:
-        traffic.counts().add(purpose, (len(self.counts) - 1) * share_bytes)
 
     def _finish(self, purpose: str) -> None:
         with HERE.waiting(purpose):

@@ -6,14 +6,12 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from gru4recf_dist.config import Config
@@ -22,11 +20,11 @@ from gru4recf_dist.monitoring import Monitor
 from gru4recf_dist.parallel import ranks as process_ranks
 from gru4recf_dist.parallel.engines import make_engine
 from gru4recf_dist.parallel.ranks import Ranks
-from gru4recf_dist.parallel.whereabouts import HERE
 from gru4recf_dist.trainer import Trainer
 from tests.dist.test_engines import data  # noqa: F401 (a fixture)
 from tests.support.ranks import run_ranks
 from tests.support.training import logged_lines, small_config
+from tests.support.waits import WaitWatch
 
 pytestmark = [pytest.mark.dist, pytest.mark.clock]
 ROOT = Path(__file__).parents[2]
@@ -145,27 +143,13 @@ def test_what_a_device_says_of_itself_is_not_taken_for_the_end_of_a_rank():
 
 def wait_in_engine(ranks: Ranks, config: Config) -> str | None:
     """A backward that rank 1 lingers in until rank 0 says where it is; returns that, on rank 0."""
-    store, seen = dist.distributed_c10d._get_default_store(), []
+    watch = WaitWatch()
     engine = make_engine(torch.nn.Linear(3, 1), config, ranks)
-    backward_is_over = threading.Event()
-
-    def look() -> None:
-        while not seen and not backward_is_over.wait(0.01):
-            if HERE.position().waiting_in:
-                seen.append(HERE.position().waiting_in)
-        store.set("seen", "")
-
-    if ranks.rank == 0:
-        watch = threading.Thread(target=look)
-        engine.module.weight.register_hook(lambda gradient: watch.start())
-    else:
-        engine.module.weight.register_hook(lambda gradient: store.wait(["seen"]))
+    meanwhile = watch.start if ranks.rank == 0 else watch.wait_until_seen
+    engine.module.weight.register_hook(lambda gradient: meanwhile())
     with engine.accumulating(last=True):
         engine.backward(engine(torch.ones(2, 3)).sum(), 1.0)
-    backward_is_over.set()
-    if ranks.rank == 0:
-        watch.join()
-    return seen[0] if seen else None
+    return watch.stop()
 
 
 @pytest.mark.parametrize(

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from gru4recf_dist.config import Config
 from gru4recf_dist.parallel import traffic
 from gru4recf_dist.parallel.ranks import Ranks
-from gru4recf_dist.parallel.whereabouts import HERE
 from gru4recf_dist.trainer import Trainer
 from tests.dist.test_engines import data  # noqa: F401 (a fixture)
 from tests.support.ranks import run_ranks
 from tests.support.training import small_config
+from tests.support.waits import WaitWatch
 
 pytestmark = pytest.mark.dist
 
@@ -26,28 +23,28 @@ def tell_and_train(ranks: Ranks, config: Config) -> dict:
     trainer, seen = Trainer(config, ranks), {}
     blocks = iter(trainer.loader)
     before = traffic.TOTAL.copy()
-    with trainer.ahead.settled():
-        first, second = (trainer.ahead.prepare(next(blocks)) for _ in range(2))
-        told = second._told.result(timeout=60)
-        seen["counted early"] = (traffic.TOTAL - before).sent.any()
-        seen["told"], seen["again"] = [], []
-        for exchanges in told.exchanges:
-            for exchange in exchanges:
-                if exchange is not None:
-                    again = trainer.table.exchange(exchange.routing)
-                    seen["told"].append((exchange.send, exchange.receive, exchange.asked.tolist()))
-                    seen["again"].append((again.send, again.receive, again.asked.tolist()))
-        targets = torch.cat([batch.targets[batch.weights > 0] for batch in second.packed])
-        seen["targets"], seen["drawn from"] = (
-            targets.tolist(),
-            (told.targets.ids.tolist(), told.targets.counts.tolist()),
-        )
-        before = traffic.TOTAL.copy()
-        trainer.update(first)
-        sent = traffic.TOTAL - before
-        seen["ids"] = sent.sent[traffic.PURPOSES.index("ids")]
-        # Of the first alone.
-        seen["ids of it"] = first.told().sent.sent[traffic.PURPOSES.index("ids")]
+    first, second = (trainer.ahead.prepare(next(blocks)) for _ in range(2))
+    told = second._told.result(timeout=60)
+    seen["counted early"] = (traffic.TOTAL - before).sent.any()
+    seen["told"], seen["again"] = [], []
+    for exchanges in told.exchanges:
+        for exchange in exchanges:
+            if exchange is not None:
+                again = trainer.table.exchange(exchange.routing)
+                seen["told"].append((exchange.send, exchange.receive, exchange.asked.tolist()))
+                seen["again"].append((again.send, again.receive, again.asked.tolist()))
+    targets = torch.cat([batch.targets[batch.weights > 0] for batch in second.packed])
+    seen["targets"], seen["drawn from"] = (
+        targets.tolist(),
+        (told.targets.ids.tolist(), told.targets.counts.tolist()),
+    )
+    before = traffic.TOTAL.copy()
+    trainer.update(first)
+    sent = traffic.TOTAL - before
+    seen["ids"] = sent.sent[traffic.PURPOSES.index("ids")]
+    # Of the first alone.
+    seen["ids of it"] = first.told().sent.sent[traffic.PURPOSES.index("ids")]
+    trainer.ahead.settle()
     return seen
 
 
@@ -65,27 +62,15 @@ def test_it_is_what_an_exchange_in_the_step_gives_and_counts_with_the_step(tmp_p
 
 def wait_for_the_other(ranks: Ranks, config: Config) -> str | None:
     """Prepare a step that rank 1 lingers over until rank 0 says where it is; returns that, on rank 0."""
-    trainer, store = Trainer(config, ranks), dist.distributed_c10d._get_default_store()
-    block, seen, is_told = next(iter(trainer.loader)), [], threading.Event()
-
-    def look() -> None:
-        while not seen and not is_told.wait(0.01):
-            if HERE.position().waiting_in:
-                seen.append(HERE.position().waiting_in)
-        store.set("seen", "")
-
+    trainer, watch = Trainer(config, ranks), WaitWatch()
+    block, route = next(iter(trainer.loader)), trainer.ahead._route
     if ranks.rank == 1:
-        route = trainer.ahead._route
-        trainer.ahead._route = lambda batch: (store.wait(["seen"]), route(batch))[1]
+        trainer.ahead._route = lambda batch: (watch.wait_until_seen(), route(batch))[1]
     prepared = trainer.ahead.prepare(block)
     if ranks.rank == 0:
-        watch = threading.Thread(target=look)
         watch.start()
     prepared.told()
-    is_told.set()
-    if ranks.rank == 0:
-        watch.join()
-    return seen[0] if seen else None
+    return watch.stop()
 
 
 def test_a_rank_that_waits_for_another_ones_ids_is_known_to_wait(tmp_path, data):  # noqa: F811
